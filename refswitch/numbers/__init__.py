@@ -1,0 +1,2 @@
+# May import: standard library, numpy.
+"""Number formats and rounding; reading order: `precision`."""
