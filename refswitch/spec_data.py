@@ -150,9 +150,14 @@ def _record_tree(name: str, kind: str, record: type, seen: tuple[str, ...] = ())
     return {**_merge(tree, own, record, "", where), "name": name}
 
 
+@functools.cache
+def _load_named(name: str, kind: str, record: type) -> Any:
+    return _validate(_record_tree(name, kind, record), record, f"spec/{kind}/{name}.yaml")
+
+
 def _load(spec: str | Mapping[str, Any], kind: str, record: type) -> Any:
     if isinstance(spec, str):
-        return _validate(_record_tree(spec, kind, record), record, f"spec/{kind}/{spec}.yaml")
+        return _load_named(spec, kind, record)
     if not isinstance(spec, Mapping) or not isinstance(spec.get("base"), str):
         raise InputError(f"a {kind[:-1]} is a name or a mapping with `base`, not {spec!r}")
     where = f"{kind[:-1]} with base {spec['base']}"

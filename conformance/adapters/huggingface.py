@@ -26,7 +26,7 @@ BROKEN = (5, 0) <= VERSION < (5, 18)  # routes the flattened batch, ignores the 
 
 DIALECT = "hf_le_4_51" if VERSION < (4, 52) else "hf_4_57" if VERSION < (5, 0) else "hf_5_0_to_5_17" if BROKEN else "hf_ge_5_18"
 PROFILE = "float32"
-FEATURES = ["backward", "noise", "padding", "groups", "empty"] + ([] if BROKEN else ["aux_loss", "z_loss"])
+FEATURES = ["backward", "padding", "groups", "empty"] + ([] if BROKEN else ["aux_loss", "z_loss"])
 REQUIRES = ["torch", "transformers"]
 LIMITS = {"activation": {"one_of": ["relu"]}}
 
@@ -162,13 +162,16 @@ def switch_layer(case, dtype):
     return {name: (t.detach().float() if t.is_floating_point() else t).contiguous().numpy() for name, t in result.items()}
 
 
-def adapter(dtype, profile):
+def adapter(dtype, profile, features):
     """The layer in one precision, with its claim."""
     layer = partial(switch_layer, dtype=dtype)
-    layer.profile = profile
+    layer.profile, layer.features = profile, features
     return layer
 
 
-ADAPTERS = {"float32": adapter(torch.float32, "float32")}
+ADAPTERS = {
+    "evaluation": adapter(torch.float32, "float32", FEATURES),
+    "training": adapter(torch.float32, "float32", [*FEATURES, "noise"]),
+}
 if not (5, 0) <= VERSION < (5, 5):  # those releases do not cast the router's weights: a bfloat16 layer raises
-    ADAPTERS["bfloat16"] = adapter(torch.bfloat16, BFLOAT16)
+    ADAPTERS["bfloat16"] = adapter(torch.bfloat16, BFLOAT16, [*FEATURES, "noise"])

@@ -119,7 +119,7 @@ def problem_with(outputs: dict[str, np.ndarray], case: Case) -> Problem | None:
 def write_case(case: Case, folder: Path) -> None:
     """Write `case.json` (scalars, names, shapes) and `inputs.safetensors` into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.ascontiguousarray(array) for name, array in case.arrays.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in case.arrays.items()}
     text = json.dumps({"scalars": case.scalars, "arrays": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()}})
     (folder / "case.json").write_text(text, encoding="utf-8")
     save_file(arrays, folder / "inputs.safetensors")

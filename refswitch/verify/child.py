@@ -125,7 +125,7 @@ def _load(path: Path, name: str) -> tuple[Any, list[Reply], Reply]:
 def _as_arrays(returned: Any) -> dict[str, np.ndarray]:
     if not isinstance(returned, dict):
         raise TypeError(f"returned {type(returned).__name__}, but should return a dict of arrays")
-    return {str(name): np.ascontiguousarray(np.asarray(value)).reshape(np.shape(value)) for name, value in returned.items() if name != MUTATED}
+    return {str(name): np.asarray(value, order="C") for name, value in returned.items() if name != MUTATED}
 
 
 def run_case(layer: Any, case: Case) -> tuple[dict[str, np.ndarray], Reply]:
@@ -155,7 +155,7 @@ def main() -> None:
     for line in sys.stdin:
         folder = Path(json.loads(line)["folder"])
         outputs, reply = run_case(layer, read_case(folder))
-        save_file({key: np.ascontiguousarray(value).reshape(value.shape) for key, value in outputs.items()}, folder / "outputs.safetensors")
+        save_file(outputs, folder / "outputs.safetensors")
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 

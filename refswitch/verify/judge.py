@@ -67,9 +67,10 @@ class Verdicts:
     ulps: dict[str, list[float]] = field(default_factory=dict)  # radius in units in the last place of the stored format
     evidence: set[str] = field(default_factory=set)  # regimes that were really met
 
-    def fails(self, *stages_looked_at: str) -> bool:
-        """Whether a check of one of these stages (of any stage but backward, if none is named) failed."""
-        return any(not check.ok and (check.stage in stages_looked_at if stages_looked_at else check.stage != "backward") for check in self.checks)
+    @property
+    def forward_fails(self) -> bool:
+        """Whether a check of the forward pass failed, so that the gradients were judged on what is already known to be wrong."""
+        return any(not check.ok and check.stage not in ("backward", "state") for check in self.checks)
 
 
 def _letters(output: str) -> str:

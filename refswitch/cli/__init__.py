@@ -1,0 +1,2 @@
+# May import: everything of refswitch, lazily.
+"""The doors: parse, call, print, exit."""

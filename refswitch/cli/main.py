@@ -1,0 +1,88 @@
+# May import: standard library, typer, rich, refswitch (inside the commands, so that --help is instant).
+"""The command `refswitch`. Spec: contract 3.
+
+Exit status: 0 done, 1 a judged difference, 2 an error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from refswitch import SPEC_VERSION, __version__
+from refswitch.errors import InputError
+
+app = typer.Typer(
+    name="refswitch",
+    help="The executable standard for Switch Transformers: judge any implementation of a Switch layer, forward and backward.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+
+
+class Tier(str, enum.Enum):
+    """How much is judged."""
+
+    quick = "quick"
+    full = "full"
+    exhaustive = "exhaustive"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"refswitch {__version__} (spec {SPEC_VERSION})")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Judge, study and train Switch Transformers."""
+
+
+@app.command(epilog="Example: `refswitch verify my_adapter.py` or `refswitch verify my_adapter.py::float32 --dialect hf_ge_5_18 --json report.json`")
+def verify(
+    target: Annotated[
+        Optional[str], typer.Argument(help="reference, or FILE.py[::NAME]. Without it, every shipped adapter whose package is importable.", show_default=False)
+    ] = None,
+    dialect: Annotated[Optional[str], typer.Option(help="Judge it as this dialect (a name of spec/dialects) instead of the one it declares.")] = None,
+    profile: Annotated[Optional[str], typer.Option(help="Judge it under these numerics (a name of spec/profiles) instead of those it declares.")] = None,
+    tier: Annotated[Tier, typer.Option(help="How many draws of each case.")] = Tier.quick,
+    seed: Annotated[int, typer.Option(min=0, help="Every case is drawn from it.")] = 0,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that one call, or the import, may take.")] = 60.0,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the report to this file as JSON.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print one line for each adapter.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every clause, and what passing would have noticed.")] = False,
+) -> None:
+    """Judge whether an adapter computes the Switch layer that it declares.
+
+    Exit status: 0 all conform, 1 at least one deviates, 2 otherwise.
+    """
+    from refswitch.cli.verify import Door, run_verify
+
+    door = Door(target, dialect, profile, tier.value, seed, deadline, json_file, quiet, verbose)
+    raise typer.Exit(_status_of(lambda: run_verify(door)))
+
+
+def _status_of(command: Callable[[], int]) -> int:
+    """Run a command; turn a caller's mistake into one line and status 2, an interruption into status 130."""
+    try:
+        return command()
+    except InputError as error:
+        print(f"refswitch: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("refswitch: interrupted", file=sys.stderr)
+        return 130
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

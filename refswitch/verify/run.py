@@ -1,0 +1,327 @@
+# May import: standard library, numpy, refswitch.spec_data, refswitch.config, refswitch.verify (below).
+"""A judgement from an adapter's file to a report.
+
+`describe` lists a file's adapters; `judge_adapter` runs one of them on the tier's cases in its own process and judges what comes back.
+Next: `report`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refswitch import SPEC_VERSION, __version__
+from refswitch.errors import InputError
+from refswitch.spec_data import data_root, load_dialect, load_profile, nearest
+from refswitch.verify.cases import Prepared, Target, check_target, prepare
+from refswitch.verify.diagnose import diagnose, merge
+from refswitch.verify.findings import ClauseStatus, Finding, ambiguous_share, collect, statuses, tightness
+from refswitch.verify.judge import Check, Outputs, Verdicts, judge_case
+from refswitch.verify.process import AdapterFailure, AdapterMissing, AdapterProcess
+
+FEATURES = (
+    "backward", "aux_loss", "z_loss", "noise", "padding", "groups", "bias", "gated", "top_k", "expert_dropout", "empty", "own_capacity", "ranks",
+)  # fmt: skip
+LIMIT_KEYS = ("G", "S", "D", "E", "F", "activation")
+LIMIT_WORDS = ("min", "max", "multiple_of", "one_of")
+BUILT_IN = ("reference",)
+DEADLINE_S = 60.0
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller asks for."""
+
+    dialect: str | None = None
+    profile: str | None = None
+    tier: str = "quick"
+    seed: int = 0
+    deadline_s: float = DEADLINE_S
+
+    @property
+    def shown(self) -> str:
+        """The resolved options in one line."""
+        return (
+            f"tier {self.tier}, seed {self.seed}, dialect {self.dialect or 'as declared'}, profile {self.profile or 'as declared'}, "
+            f"deadline {self.deadline_s:g} s"
+        )
+
+
+@dataclass
+class Report:
+    """What is known of one adapter."""
+
+    target: str
+    verdict: str  # conforms, deviates, inconclusive, error, not run
+    options: Options
+    dialect: Any = None
+    profile: Any = None
+    features: list[str] = field(default_factory=list)
+    clauses: dict[str, ClauseStatus] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    checks: int = 0
+    cases: int = 0
+    ambiguous: float = 0.0
+    tightness: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    why: str = ""
+    seconds: float = 0.0
+    import_seconds: float = 0.0
+
+
+def resolve_target(text: str) -> tuple[Path, str]:
+    """Return the adapter's file and the name in it: "reference", "FILE.py" or "FILE.py::NAME".
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or the kind of target is not of this version.
+    """
+    if text.startswith("pipe:"):
+        raise InputError("pipe: targets are not of this version yet; write an adapter in Python that runs the program")
+    file, _, name = text.partition("::")
+    if file in ("cpu", "cuda"):
+        raise InputError(f"target {file}: refswitch has no {file} engine in this version; known: {', '.join(BUILT_IN)} or FILE.py[::NAME]")
+    path = data_root() / "conformance" / "adapters" / f"{file}.py" if file in BUILT_IN else Path(file)
+    if not path.suffix == ".py":
+        raise InputError(f"target {text!r} is neither FILE.py[::NAME] nor a built-in{nearest(text, BUILT_IN)}")
+    if not path.is_file():
+        raise InputError(f"target {text!r}: there is no file {path}")
+    return path.resolve(), name
+
+
+def shipped_adapters() -> list[Path]:
+    """Return the adapters that come with refswitch."""
+    return sorted((data_root() / "conformance" / "adapters").glob("*.py"))
+
+
+def target_of(declared: Mapping[str, Any], options: Options) -> Target:
+    """Return what is judged, from what the adapter declares and what the command line overrides.
+
+    Raises
+    ------
+    InputError
+        For an unknown dialect, profile, feature or limit.
+    """
+    features, limits = declared["features"], declared["limits"]
+    for feature in features:
+        if feature not in FEATURES:
+            raise InputError(f"FEATURES has an unknown name {feature!r}{nearest(str(feature), FEATURES)}")
+    for key, limit in limits.items():
+        if key not in LIMIT_KEYS:
+            raise InputError(f"LIMITS has an unknown key {key!r}{nearest(str(key), LIMIT_KEYS)}")
+        if not isinstance(limit, dict) or not set(limit) <= set(LIMIT_WORDS):
+            raise InputError(f"LIMITS[{key!r}] should be a dict with {', '.join(LIMIT_WORDS)}, not {limit!r}")
+    dialect = load_dialect(options.dialect or declared["dialect"])
+    profile = load_profile(options.profile or declared["profile"])
+    return Target(dialect, profile, frozenset(features), dict(limits))
+
+
+def describe(path: Path, name: str, options: Options) -> tuple[AdapterProcess, list[dict[str, Any]]]:
+    """Start the file's process; return it and its adapters' descriptions.
+
+    Raises
+    ------
+    AdapterFailure, AdapterMissing
+        If it cannot be imported, or a package that it requires is not installed.
+    """
+    process = AdapterProcess(path, name, options.deadline_s)
+    return process, process.adapters
+
+
+def _state_check(name: str, clause: str, coordinates: dict[str, int], output: str, failing: int, elements: int) -> Check:
+    return Check(clause, "state", output, name, elements, math.inf if failing else 0.0, failing, coordinates, 0.0, 0.0, 0.0)
+
+
+def _same_bits(first: Outputs, second: Outputs) -> bool:
+    return all(np.array_equal(first[name].view(np.uint8), second[name].view(np.uint8)) for name in first if first[name].size and first[name].ndim)
+
+
+def _run_cases(
+    process: AdapterProcess, prepared: Sequence[Prepared], target: Target, progress: Progress
+) -> tuple[list[Verdicts], dict[str, Outputs]]:
+    """Run and judge every case, then the first one again."""
+    verdicts: list[Verdicts] = []
+    outputs: dict[str, Outputs] = {}
+    for number, item in enumerate(prepared):
+        progress(number, len(prepared), item.name)
+        outputs[item.name], mutated = process.run(item.case, item.name)
+        verdict = judge_case(item, target, outputs[item.name])
+        verdict.checks.append(_state_check(item.name, "S-STATE-1", {}, ", ".join(mutated) or "inputs", len(mutated), len(item.case.arrays)))
+        verdicts.append(verdict)
+    first = prepared[0]
+    again, _ = process.run(first.case, first.name)
+    same = set(again) == set(outputs[first.name]) and _same_bits(outputs[first.name], again)
+    if not same and not target.profile.deterministic:
+        same = verdicts[0].forward_fails or not any(not check.ok for check in judge_case(first, target, again).checks)
+    verdicts[0].checks.append(_state_check(first.name, "S-STATE-2", {}, "out", int(not same), 1))
+    return verdicts, outputs
+
+
+def _verdict(report: Report) -> str:
+    found = {status.status for status in report.clauses.values()}
+    if report.checks == 0:
+        return "error"
+    if "fail" in found:
+        return "deviates"
+    return "inconclusive" if found & {"inconclusive", "suspect"} else "conforms"
+
+
+def judge_process(process: AdapterProcess, label: str, declared: Mapping[str, Any], options: Options, progress: Progress) -> Report:
+    """Judge the adapter that a process serves."""
+    start = time.perf_counter()
+    report = Report(label, "error", options, import_seconds=process.import_seconds)
+    try:
+        target = target_of(declared, options)
+        report.dialect, report.profile, report.features = target.dialect, target.profile, sorted(target.features)
+        report.notes = check_target(target)
+        prepared = list(prepare(target, options.tier, options.seed))
+        if not prepared:
+            raise InputError("LIMITS and FEATURES leave no case to run")
+        verdicts, outputs = _run_cases(process, prepared, target, progress)
+    except (InputError, AdapterFailure) as error:
+        report.why = str(error)
+        report.seconds = time.perf_counter() - start
+        return report
+    report.cases = len(prepared)
+    report.checks = sum(len(verdict.checks) for verdict in verdicts)
+    report.ambiguous = ambiguous_share(verdicts)
+    report.tightness = tightness(verdicts)
+    findings = collect(verdicts)
+    for number, finding in enumerate(findings):
+        progress(number, len(findings), f"what explains {finding.clause}")
+        finding.diagnosis = [] if finding.stage == "state" else diagnose(finding, verdicts, outputs, target)
+    report.findings = merge(findings)
+    for finding in report.findings:
+        _move_to_cause(finding, outputs)
+    report.clauses = statuses(verdicts, report.findings, target, report.ambiguous)
+    report.verdict = _verdict(report)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+STAGE_OUTPUT = {"router": "logits", "softmax": "probs", "select": "expert", "capacity": "kept", "expert": "hidden", "gate": "gate"}
+STAGE_CLAUSE = {
+    "noise": "S-NOISE-2", "router": "S-ROUTE-1", "softmax": "S-ROUTE-2", "select": "S-ROUTE-3", "capacity": "S-CAP-1", "expert": "S-EXPERT-1",
+    "gate": "S-GATE-1", "drop": "S-DROP-1",
+}  # fmt: skip
+
+
+def _move_to_cause(finding: Finding, outputs: Mapping[str, Outputs]) -> None:
+    """Blame the stage of the one full explanation, where that stage is upstream of what was seen and not exported itself."""
+    full = [diagnosis for diagnosis in finding.diagnosis if diagnosis.agreement == 1.0]
+    if len(full) != 1 or finding.stage not in ("combine", "drop", "expert"):
+        return
+    stage = full[0].stage
+    exported = next(iter(outputs.values()))
+    if stage in STAGE_CLAUSE and STAGE_OUTPUT.get(stage, "") not in exported:
+        finding.stage, finding.clause = stage, STAGE_CLAUSE[stage]
+
+
+def judge_file(path: Path, name: str, shown: str, options: Options, progress: Progress, done: Callable[[Report], None]) -> list[Report]:
+    """Judge every adapter of a file, each in a process of its own; `done` is called with each report as it is there."""
+    reports: list[Report] = []
+
+    def finish(report: Report) -> None:
+        reports.append(report)
+        done(report)
+
+    try:
+        process, described = describe(path, name, options)
+    except AdapterMissing as missing:
+        finish(Report(shown, "not run", options, why=str(missing)))
+        return reports
+    except AdapterFailure as failure:
+        finish(Report(shown, "error", options, why=str(failure)))
+        return reports
+    for number, declared in enumerate(described):
+        label = shown if "::" in shown or declared["label"] == "switch_layer" else f"{shown}::{declared['label']}"
+        try:
+            with process if number == 0 else AdapterProcess(path, declared["label"], options.deadline_s) as current:
+                finish(judge_process(current, label, declared, options, lambda n, total, what, label=label: progress(n, total, f"{label}: {what}")))
+        except (AdapterFailure, AdapterMissing) as failure:
+            finish(Report(label, "error", options, why=str(failure)))
+    return reports
+
+
+def exit_status(reports: Sequence[Report]) -> int:
+    """Return the exit status of `verify`. Spec: contract 2."""
+    verdicts = [report.verdict for report in reports]
+    if "deviates" in verdicts:
+        return 1
+    judged = [verdict for verdict in verdicts if verdict != "not run"]
+    return 0 if judged and all(verdict == "conforms" for verdict in judged) else 2
+
+
+def _number(value: float) -> float | str:
+    if math.isnan(value):
+        return "nan"
+    return value if math.isfinite(value) else ("inf" if value > 0 else "-inf")
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Return the report in the contract's form. Spec: contract 4."""
+    findings = []
+    for finding in report.findings:
+        check = finding.first
+        findings.append(
+            {
+                "clause": finding.clause,
+                "stage": finding.stage,
+                "summary": summary_of(finding),
+                "case": check.case,
+                "output": check.output,
+                "cases": len({each.case for each in finding.checks}),
+                "coordinates": check.coordinates,
+                "got": _number(check.got),
+                "expected": _number(check.expected),
+                "radius": _number(check.radius),
+                "ratio": _number(check.worst),
+                "diagnosis": [{"name": item.name, "agreement": item.agreement, "says": item.says} for item in finding.diagnosis],
+                "counterexample": None,
+            }
+        )
+    return {
+        "refswitch": __version__,
+        "spec": SPEC_VERSION,
+        "target": report.target,
+        "dialect": asdict(report.dialect) if report.dialect else {},
+        "profile": asdict(report.profile) if report.profile else {},
+        "tier": report.options.tier,
+        "seed": report.options.seed,
+        "seconds": round(report.seconds, 3),
+        "verdict": report.verdict,
+        "why": report.why,
+        "features": report.features,
+        "notes": report.notes,
+        "cases": report.cases,
+        "checks": report.checks,
+        "ambiguous_tokens": report.ambiguous,
+        "clauses": {
+            name: {"status": status.status, "checks": status.checks, "worst": _number(status.worst)} | ({"why": status.why} if status.why else {})
+            for name, status in report.clauses.items()
+        },
+        "findings": findings,
+        "tightness": {output: {"median_ulp": _number(ulp)} for output, ulp in report.tightness.items()},
+    }
+
+
+def summary_of(finding: Finding) -> str:
+    """Return the finding in one sentence."""
+    full = [item for item in finding.diagnosis if item.agreement == 1.0]
+    if finding.clause == "S-STATE-1":
+        return f"the call writes to its input {finding.first.output}"
+    if finding.clause == "S-STATE-2":
+        return "the same call gives another answer the second time"
+    if full:
+        return full[0].says
+    return f"not so: {finding.text[0].lower()}{finding.text[1:].rstrip('.')}"
+
+
