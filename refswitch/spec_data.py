@@ -107,7 +107,9 @@ def choices_of(record: type, dotted: str) -> tuple[Any, ...]:
     if hint is bool:
         return (False, True)
     if get_origin(hint) in (Union, UnionType):
-        return tuple(value for part in get_args(hint) for value in ((False, True) if part is bool else get_args(part) if get_origin(part) is Literal else ()))
+        return tuple(
+            value for part in get_args(hint) for value in ((False, True) if part is bool else get_args(part) if get_origin(part) is Literal else ())
+        )
     return ()
 
 
@@ -194,6 +196,26 @@ def load_profile(spec: str | Mapping[str, Any]) -> Profile:
         For an unknown record, key or value, naming the nearest known one.
     """
     return _load(spec, "profiles", Profile)
+
+
+def parse_record(text: str) -> str | dict[str, Any]:
+    """Read NAME, or NAME,knob=value,... as the command line gives it.
+
+    Raises
+    ------
+    InputError
+        If an override has no `=`.
+    """
+    name, *overrides = text.split(",")
+    if not overrides:
+        return name
+    record: dict[str, Any] = {"base": name}
+    for override in overrides:
+        knob, equals, value = override.partition("=")
+        if not equals:
+            raise InputError(f"{text!r}: {override!r} should be knob=value")
+        record[knob.strip()] = yaml.safe_load(value)
+    return record
 
 
 def knobs_of(record: object, prefix: str = "") -> dict[str, Any]:

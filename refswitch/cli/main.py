@@ -50,10 +50,15 @@ def _root(
 @app.command(epilog="Example: `refswitch verify my_adapter.py` or `refswitch verify my_adapter.py::float32 --dialect hf_ge_5_18 --json report.json`")
 def verify(
     target: Annotated[
-        Optional[str], typer.Argument(help="reference, or FILE.py[::NAME]. Without it, every shipped adapter whose package is importable.", show_default=False)
+        Optional[str],
+        typer.Argument(help="reference, or FILE.py[::NAME]. Without it, every shipped adapter whose package is importable.", show_default=False),
     ] = None,
-    dialect: Annotated[Optional[str], typer.Option(help="Judge it as this dialect (a name of spec/dialects) instead of the one it declares.")] = None,
-    profile: Annotated[Optional[str], typer.Option(help="Judge it under these numerics (a name of spec/profiles) instead of those it declares.")] = None,
+    dialect: Annotated[
+        Optional[str], typer.Option(help="Judge it as this dialect, NAME or NAME,knob=value,... (spec/dialects), instead of the one it declares.")
+    ] = None,
+    profile: Annotated[
+        Optional[str], typer.Option(help="Judge it under these numerics, NAME or NAME,key=value,... (spec/profiles), instead of those it declares.")
+    ] = None,
     tier: Annotated[Tier, typer.Option(help="How many draws of each case.")] = Tier.quick,
     seed: Annotated[int, typer.Option(min=0, help="Every case is drawn from it.")] = 0,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that one call, or the import, may take.")] = 60.0,

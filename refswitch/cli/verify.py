@@ -19,9 +19,10 @@ from rich.table import Table
 
 from refswitch import SPEC_VERSION, __version__
 from refswitch.errors import InputError
-from refswitch.spec_data import load_clauses, load_dialect, load_profile
+from refswitch.spec_data import load_clauses, load_dialect, load_profile, parse_record
 from refswitch.verify.findings import Finding
-from refswitch.verify.run import Options, Report, as_json, exit_status, judge_file, resolve_target, shipped_adapters, summary_of
+from refswitch.verify.report import Options, Report, as_json, exit_status, summary_of
+from refswitch.verify.run import judge_file, resolve_target, shipped_adapters
 
 COLOURS = {"conforms": "green", "deviates": "red", "inconclusive": "yellow", "error": "red", "not run": "dim"}
 
@@ -55,9 +56,13 @@ def _print_finding(console: Console, finding: Finding) -> None:
             f"       {where} is {_number(check.got)}, should be {_number(check.expected)} ± {check.radius:.2g}"
             f"  (|error|/radius up to {check.worst:.3g}; {check.failing} of {check.elements} elements of case {check.case})"
         )
-    console.print(f"       in {cases} case{'s' * (cases != 1)}: {', '.join(sorted({each.case for each in finding.checks})[:6])}{', ...' * (cases > 6)}")
+    console.print(
+        f"       in {cases} case{'s' * (cases != 1)}: {', '.join(sorted({each.case for each in finding.checks})[:6])}{', ...' * (cases > 6)}"
+    )
     for diagnosis in finding.diagnosis:
-        console.print(f"       it equals [cyan]{escape(diagnosis.name)}[/] in {diagnosis.agreement:.0%} of the cases replayed: {escape(diagnosis.says)}")
+        console.print(
+            f"       it equals [cyan]{escape(diagnosis.name)}[/] in {diagnosis.agreement:.0%} of the cases replayed: {escape(diagnosis.says)}"
+        )
 
 
 def _print_report(console: Console, report: Report, door: Door) -> None:
@@ -133,9 +138,9 @@ def run_verify(door: Door) -> int:
     console, errors = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160), Console(stderr=True)
     options = Options(door.dialect, door.profile, door.tier, door.seed, door.deadline)
     if door.dialect:
-        load_dialect(door.dialect)
+        load_dialect(parse_record(door.dialect))
     if door.profile:
-        load_profile(door.profile)
+        load_profile(parse_record(door.profile))
     if door.json_file is not None and not door.json_file.parent.is_dir():
         raise InputError(f"--json {door.json_file}: there is no folder {door.json_file.parent}")
     targets = [(*resolve_target(door.target), door.target)] if door.target else [(path, "", path.stem) for path in shipped_adapters()]

@@ -57,7 +57,7 @@ def balance_forward(
 
     Spec: S-AUX-1. Paper: eqs. (4), (6); alpha is not in it. f_e = count_e / denominator, P_e = sum_s p_se / denominator.
     """
-    G, S, E = probs_GSE.shape
+    G, _, E = probs_GSE.shape
     scale = {"E": E, "local_E": E, "none": 1.0, "inverse_E": 1.0 / E}[aux.scale_E]
     in_mean_GS = valid_GS if aux.P_pads == "exclude" else np.ones_like(valid_GS)
     inverse_G = np.where(denominator_G > 0, 1.0 / np.maximum(denominator_G, 1), 0.0)

@@ -18,13 +18,29 @@ from refswitch.numbers.precision import round_to
 from refswitch.reference.capacity import Route, arrival_order, no_token_left_behind, order_by_gate, slots_forward
 from refswitch.reference.experts import ExpertsParams, ExpertsSaved, experts_backward, experts_forward
 from refswitch.reference.losses import (
-    BalanceSaved, ZSaved, balance_backward, balance_forward, counted_fraction, rows_of_mean, z_loss_backward, z_loss_forward,
-)  # fmt: skip
+    BalanceSaved,
+    ZSaved,
+    balance_backward,
+    balance_forward,
+    counted_fraction,
+    rows_of_mean,
+    z_loss_backward,
+    z_loss_forward,
+)
 from refswitch.reference.pack import pack, slots_in_use, unpack
 from refswitch.reference.router import (
-    GateSaved, LogitsSaved, SoftmaxSaved, choices_in_order, choose, gate_backward, gate_forward, logits_backward, logits_forward,
-    softmax_backward, softmax_forward,
-)  # fmt: skip
+    GateSaved,
+    LogitsSaved,
+    SoftmaxSaved,
+    choices_in_order,
+    choose,
+    gate_backward,
+    gate_forward,
+    logits_backward,
+    logits_forward,
+    softmax_backward,
+    softmax_forward,
+)
 
 
 class SwitchParams(NamedTuple):
@@ -262,11 +278,11 @@ def switch_backward(
     dx_GSD = dx_clean_GSD + dx_noised_GSD * saved.inputs.noise_factor_GSD  # B2
     zeroed_GS = ~saved.inputs.valid_GS & (dialect.pad.zero_input is True)
     dx_GSD = np.where(zeroed_GS[..., None], 0.0, dx_GSD)  # B1
-    rounded = [round_to(g, points.gradients) if g is not None else None for g in dexperts]  # R10
+    rounded = {name: round_to(value, points.gradients) for name, value in dexperts._asdict().items() if value is not None}  # R10
     dparams = SwitchParams(
         round_to(dw_router_DE, points.gradients),
         round_to(db_router_E, points.gradients),
-        ExpertsParams(*rounded),
+        dexperts._replace(**rounded),
         round_to(db_shared_D, points.gradients),
     )
     return round_to(dx_GSD, points.gradients), dparams

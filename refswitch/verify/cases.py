@@ -69,7 +69,12 @@ class Recipe:
         """The regimes that this case is in."""
         return frozenset(
             word
-            for word, present in (("noise", self.noise), ("padding", bool(self.pads)), ("ties", bool(self.ties)), ("drops", self.capacity is not None))
+            for word, present in (
+                ("noise", self.noise),
+                ("padding", bool(self.pads)),
+                ("ties", bool(self.ties)),
+                ("drops", self.capacity is not None),
+            )
             if present
         )
 
@@ -180,7 +185,7 @@ def fitted(recipe: Recipe, target: Target) -> Recipe | None:
         return None
     if "noise" in recipe.needs and (target.dialect.noise.kind == "none" or target.dialect.noise.when == "never"):
         return None
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for letter in "GSDEF":
         size = getattr(recipe, letter)
         is_edge = size <= 1 and letter in "SE"
@@ -352,7 +357,9 @@ def check_target(target: Target) -> list[str]:
     """
     dialect = target.dialect
     if dialect.select.rule in ("top2_gumbel", "topn_random"):
-        raise InputError(f"dialect {dialect.name}: select.rule={dialect.select.rule} chooses several experts; this version judges one choice per token")
+        raise InputError(
+            f"dialect {dialect.name}: select.rule={dialect.select.rule} chooses several experts; this version judges one choice per token"
+        )
     if dialect.noise.kind == "z_add_learned_normal":
         raise InputError(f"dialect {dialect.name}: noise.kind={dialect.noise.kind} has parameters of its own, which a case cannot hold")
     if dialect.gate.value == "external":
@@ -380,5 +387,3 @@ def prepare(target: Target, tier: str, seed: int) -> Iterator[Prepared]:
         within = fitted(recipe, target)
         if within is not None:
             yield Prepared(within, make_case(within, target, seed))
-
-

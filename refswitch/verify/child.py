@@ -56,7 +56,8 @@ def _constants(path: Path) -> tuple[list[str], str | None]:
 
 def _import(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location("refswitch_adapter", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent))

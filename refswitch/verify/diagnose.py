@@ -16,8 +16,9 @@ from refswitch.reference.capacity import capacity_in_eval, capacity_of
 from refswitch.spec_data import knobs_of, load_knobs, with_knob
 from refswitch.verify.case import GRADIENTS, INPUTS, OUTPUTS, Case
 from refswitch.verify.cases import ACTIVATIONS, Prepared, Target
+from refswitch.verify.decode import Outputs
 from refswitch.verify.findings import Diagnosis, Finding
-from refswitch.verify.judge import Outputs, Verdicts, judge_case
+from refswitch.verify.judge import Verdicts, judge_case
 
 CASES_REPLAYED = 5  # failing cases per finding, the smallest first
 CONTROLS_REPLAYED = 4  # cases that were right
@@ -100,7 +101,12 @@ def merge(findings: Sequence[Finding]) -> list[Finding]:
     for finding in findings:
         best = finding.diagnosis[0] if finding.diagnosis else None
         twin = next(
-            (other for other in result if best and best.agreement == 1.0 and any(d.name == best.name and d.agreement == 1.0 for d in other.diagnosis)), None
+            (
+                other
+                for other in result
+                if best and best.agreement == 1.0 and any(d.name == best.name and d.agreement == 1.0 for d in other.diagnosis)
+            ),
+            None,
         )
         if twin is None:
             result.append(finding)

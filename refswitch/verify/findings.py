@@ -125,7 +125,6 @@ def statuses(verdicts: Sequence[Verdicts], findings: Sequence[Finding], target: 
     forward_failed = {verdict.case.name for verdict in verdicts if verdict.forward_fails}
     tags = {verdict.case.name: verdict.case.recipe.tags for verdict in verdicts}
     blamed = {finding.clause: finding for finding in findings}
-    failing_raw = {check.clause for check in checks if not check.ok}
     result: dict[str, ClauseStatus] = {}
     for name, clause in load_clauses().items():
         if not applies(clause, target):
@@ -135,7 +134,8 @@ def statuses(verdicts: Sequence[Verdicts], findings: Sequence[Finding], target: 
             outputs = set(clause["exports"]) | {clause.get("through", "")}
             own = [check for check in checks if check.output in outputs and (clause.get("feature") != "noise" or "noise" in tags[check.case])]
             own = [check for check in own if name not in ("S-PAD-2",) or "padding" in tags[check.case]]
-        sound = [check for check in own if check.stage != "backward" or check.case not in forward_failed]
+        sound = [check for check in own if check.ok or name in blamed]
+        sound = [check for check in sound if check.stage != "backward" or check.case not in forward_failed]
         worst = max((check.worst for check in sound), default=0.0)
         count = len(sound)
         if name in blamed:
@@ -146,20 +146,14 @@ def statuses(verdicts: Sequence[Verdicts], findings: Sequence[Finding], target: 
         elif not own:
             result[name] = ClauseStatus("unsupported", 0, 0.0, f"{' and '.join(clause.get('exports', ['nothing']))} not returned")
         elif not sound:
-            result[name] = ClauseStatus("inconclusive", 0, 0.0, "the forward pass fails in every case that could tell")
+            result[name] = ClauseStatus("inconclusive", 0, 0.0, "every case that could tell fails for a reason that stands above")
         elif "needs" in clause and clause["needs"] not in evidence:
             result[name] = ClauseStatus("inconclusive", count, worst, f"no case met: {clause['needs'].replace('_', ' ')}")
         elif name == "S-ROUTE-3" and ambiguous > AMBIGUITY_BUDGET:
             result[name] = ClauseStatus("inconclusive", count, worst, f"{ambiguous:.1%} of the tokens have several admissible choices")
-        elif name in failing_raw and any(not check.ok for check in sound):
-            result[name] = ClauseStatus("inconclusive", count, _finite(worst), "fails only as a consequence of what stands above")
         else:
-            result[name] = ClauseStatus("pass", count, _finite(worst) if not any(not check.ok for check in sound) else 0.0)
+            result[name] = ClauseStatus("pass", count, worst)
     return result
-
-
-def _finite(worst: float) -> float:
-    return worst if np.isfinite(worst) else float("inf")
 
 
 def ambiguous_share(verdicts: Sequence[Verdicts]) -> float:

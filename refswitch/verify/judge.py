@@ -6,9 +6,8 @@ Returns checks, not opinions: what they amount to is for `findings`. Spec: every
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,19 +15,18 @@ from refswitch.numbers.precision import FORMATS, Format, is_stored, spacing
 from refswitch.reference.capacity import Route
 from refswitch.verify import layer as stages
 from refswitch.verify import tubes
-from refswitch.verify.case import GRADIENTS, INPUTS, OUTPUTS, Case
+from refswitch.verify.case import GRADIENTS, INPUTS, OUTPUTS
 from refswitch.verify.cases import Prepared, Target
+from refswitch.verify.decode import Outputs, Path, follow, guess_choices, pick, survivors_from_output
 from refswitch.verify.gradients import Forward, gradient_tubes
 from refswitch.verify.layer import Layer, prepare_layer
 from refswitch.verify.route import admissible_choices, claims_per_expert, effective_capacity, expected_route, free_kept_violation, kept_is_forced
 from refswitch.verify.tubes import Tube, exact
 
-Outputs = dict[str, np.ndarray]
 STAGES = (
     "state", "noise", "router", "softmax", "select", "capacity", "position", "dispatch", "expert", "gate", "combine", "drop", "padding",
     "aux_loss", "z_loss", "precision", "backward",
 )  # fmt: skip
-MAX_BRANCHES = 256  # combinations of uncertain choices that are tried for an implementation that does not export them
 GRADIENT_CLAUSE = {
     "x": "S-BACK-1", "w_router": "S-BACK-2", "b_router": "S-BACK-2", "w_in": "S-BACK-3", "w_gate": "S-BACK-3", "b_in": "S-BACK-3",
     "b_gate": "S-BACK-3", "w_out": "S-BACK-4", "b_out": "S-BACK-4",
@@ -126,40 +124,6 @@ def _mismatch(verdicts: Verdicts, clause: str, stage: str, output: str, got: np.
     return compare(verdicts, clause, stage, output, got, exact(expected), looked_at)
 
 
-class Path(NamedTuple):
-    """The forward tubes along one route."""
-
-    route: Route
-    gate_GS: Tube
-    expertise: stages.Expertise
-    expert_out_GSD: Tube
-    out_GSD: Tube
-
-
-def _pick(exported: np.ndarray | None, computed: Tube, looked_at: np.ndarray) -> Tube:
-    """Return the exported values as exact where they are looked at, else what was computed."""
-    if exported is None:
-        return computed
-    mask = looked_at.reshape(looked_at.shape + (1,) * (computed.value.ndim - looked_at.ndim))
-    return tubes.where(mask, exact(exported), computed)
-
-
-def _follow(layer: Layer, route: Route, probs: Tube, logits: Tube, x_expert: Tube, outputs: Outputs) -> Path:
-    """Evaluate gate, hidden, expert output and output along a route, each on what the implementation exports of the stage before."""
-    kept_GS = route.kept_GS
-    E = layer.params.w_router_DE.shape[1]
-    gate = _pick(outputs.get("gate"), stages.gate_stage(layer, probs, logits, route.expert_GS), kept_GS)
-    expertise = stages.hidden_stage(layer, x_expert, gate, route)
-    conditioned = expertise
-    if "hidden" in outputs:
-        own = stages.pack_tube(exact(np.where(kept_GS[..., None], outputs["hidden"], 0.0)), route, E)
-        conditioned = expertise._replace(hidden_GECF=own)
-    expert_out = stages.expert_out_stage(layer, conditioned, route)
-    own_out = _pick(outputs.get("expert_out"), expert_out, kept_GS)
-    out = stages.out_stage(layer, own_out, gate, x_expert, route)
-    return Path(route, gate, expertise, expert_out, out)
-
-
 def _checked_scores(verdicts: Verdicts, layer: Layer, outputs: Outputs, x_router: Tube) -> tuple[Tube, Tube, Tube, Tube]:
     """Check logits and probabilities; return raw, logits, probs and the scores of the choice, conditioned on what is exported."""
     looked_at = ~layer.sits_out_GS
@@ -167,7 +131,7 @@ def _checked_scores(verdicts: Verdicts, layer: Layer, outputs: Outputs, x_router
     if "logits" in outputs:
         compare(verdicts, "S-ROUTE-1", "router", "logits", outputs["logits"], logits, looked_at)
         _tightness(verdicts, "logits", logits, layer.points.logits)
-        logits = _pick(outputs["logits"], logits, looked_at)
+        logits = pick(outputs["logits"], logits, looked_at)
         raw = logits if not layer.target.dialect.router.logit_cap else raw
     probs = stages.probs_stage(layer, logits)
     if "probs" in outputs:
@@ -176,7 +140,7 @@ def _checked_scores(verdicts: Verdicts, layer: Layer, outputs: Outputs, x_router
         either = probs if layer.points.choice == layer.points.probs else tubes.hull(low, high)
         compare(verdicts, "S-ROUTE-2", "softmax", "probs", outputs["probs"], either, looked_at)
         _tightness(verdicts, "probs", either, layer.points.probs)
-        probs = _pick(outputs["probs"], probs, looked_at)
+        probs = pick(outputs["probs"], probs, looked_at)
     return raw, logits, probs, stages.scores_stage(layer, probs, logits)
 
 
@@ -199,41 +163,6 @@ def _chosen(verdicts: Verdicts, layer: Layer, outputs: Outputs, scores: Tube, lo
     _mismatch(verdicts, "S-ROUTE-3", "select", "expert", got_GS, np.where(right_GS, got_GS, choices.centre_GS), looked_at)
     own_pads_GS = layer.sits_out_GS & right_GS
     return np.where((looked_at & inside_GS) | own_pads_GS, safe_GS, choices.centre_GS), np.zeros_like(uncertain_GS)
-
-
-def _guess_choices(
-    layer: Layer, expert_GS: np.ndarray, uncertain_GS: np.ndarray, scores: Tube, probs: Tube, logits: Tube, x_expert: Tube, outputs: Outputs
-) -> np.ndarray:
-    """Return the choices of an implementation that does not export them, decoded from its output.
-
-    Each uncertain token takes the admissible expert whose tube its output lies in. Where that leaves several (dropped tokens look alike)
-    the combinations are tried; the first that explains who was dropped is taken.
-    """
-    admissible = admissible_choices(layer, scores, logits).admissible_GSE
-    out = np.asarray(outputs["out"], np.float64)
-    options: list[list[int]] = []
-    tokens = np.argwhere(uncertain_GS)
-    unlimited = layer._replace(case=Case({**layer.case.scalars, "capacity": layer.case.sizes["S"] + 1}, layer.case.arrays))
-    most = int(admissible[uncertain_GS].sum(axis=-1).max())
-    fits_by_rank = []
-    for rank in range(most):
-        ranked = np.argsort(~admissible, axis=-1, kind="stable")[..., rank]
-        trial_GS = np.where(uncertain_GS & (admissible.sum(axis=-1) > rank), ranked, expert_GS)
-        route = expected_route(unlimited, trial_GS, np.zeros(trial_GS.shape), scores.value)
-        path = _follow(unlimited, route, probs, logits, x_expert, {})
-        fits_by_rank.append((trial_GS, (tubes.ratio(out, path.out_GSD) <= 1.0).all(axis=-1)))
-    for g, s in tokens:
-        fitting = [int(trial_GS[g, s]) for trial_GS, fits_GS in fits_by_rank if fits_GS[g, s] and admissible[g, s, trial_GS[g, s]]]
-        options.append(sorted(set(fitting)) or [int(e) for e in np.flatnonzero(admissible[g, s])])
-    nonzero_GS = (out != 0.0).any(axis=-1)
-    guess_GS = expert_GS.copy()
-    for combination in itertools.islice(itertools.product(*options), MAX_BRANCHES):
-        guess_GS[tuple(tokens.T)] = combination
-        gate = stages.gate_stage(layer, probs, logits, guess_GS)
-        if (expected_route(layer, guess_GS, gate.value, scores.value).kept_GS == nonzero_GS)[~layer.sits_out_GS].all():
-            return guess_GS
-    guess_GS[tuple(tokens.T)] = [option[0] for option in options]
-    return guess_GS
 
 
 def _checked_route(verdicts: Verdicts, layer: Layer, outputs: Outputs, expert_GS: np.ndarray, gate: Tube, scores: Tube) -> Route:
@@ -270,17 +199,15 @@ def claims_kept(expert_GS: np.ndarray, kept_GS: np.ndarray, E: int) -> np.ndarra
     return ((expert_GS[..., None] == np.arange(E)) & kept_GS[..., None]).sum(axis=1)
 
 
-def _survivors_from_output(layer: Layer, route: Route, probs: Tube, logits: Tube, x_expert: Tube, outputs: Outputs) -> Route:
-    """Return the route with the survivors decoded from the output, where the dialect leaves them open and they are not exported."""
-    everyone = route._replace(kept_GS=layer.claims_GS & ~layer.sits_out_GS)
-    path = _follow(layer, everyone, probs, logits, x_expert, {})
-    return route._replace(kept_GS=everyone.kept_GS & (tubes.ratio(outputs["out"], path.out_GSD) <= 1.0).all(axis=-1))
-
-
 def _check_formats(verdicts: Verdicts, layer: Layer, outputs: Outputs, kept_GS: np.ndarray) -> None:
     """Check that what is declared to be stored narrowly lies on its grid. Spec: S-PREC-1."""
     points, real = layer.points, ~layer.sits_out_GS
-    declared = {"out": (points.out, real), "hidden": (points.hidden, kept_GS), "expert_out": (points.expert_out, kept_GS), "gate": (points.gate, kept_GS)}
+    declared = {
+        "out": (points.out, real),
+        "hidden": (points.hidden, kept_GS),
+        "expert_out": (points.expert_out, kept_GS),
+        "gate": (points.gate, kept_GS),
+    }
     for output, (format, looked_at) in declared.items():
         if output in outputs and format.precision < FORMATS["float32"].precision:
             on_grid = is_stored(np.asarray(outputs[output], np.float64), format)
@@ -370,24 +297,26 @@ def _judge(verdicts: Verdicts, layer: Layer, outputs: Outputs) -> Verdicts:
         compare(verdicts, "S-COMBINE-1", "combine", "out", outputs["out"], exact(np.zeros(layer.x_GSD.shape)))
         for name in GRADIENTS:
             if name in prepared.case.arrays and f"d{name}" in outputs:
-                compare(verdicts, GRADIENT_CLAUSE[name], "backward", f"d{name}", outputs[f"d{name}"], exact(np.zeros(prepared.case.arrays[name].shape)))
+                compare(
+                    verdicts, GRADIENT_CLAUSE[name], "backward", f"d{name}", outputs[f"d{name}"], exact(np.zeros(prepared.case.arrays[name].shape))
+                )
         return verdicts
     x_router, x_expert = stages.noise_stage(layer)
     raw, logits, probs, scores = _checked_scores(verdicts, layer, outputs, x_router)
     expert_GS, uncertain_GS = _chosen(verdicts, layer, outputs, scores, logits)
     if uncertain_GS.any():
-        expert_GS = _guess_choices(layer, expert_GS, uncertain_GS, scores, probs, logits, x_expert, outputs)
+        expert_GS = guess_choices(layer, expert_GS, uncertain_GS, scores, probs, logits, x_expert, outputs)
     gate = stages.gate_stage(layer, probs, logits, expert_GS)
     route = _checked_route(verdicts, layer, outputs, expert_GS, gate, scores)
     if "kept" not in outputs and not kept_is_forced(layer):
-        route = _survivors_from_output(layer, route, probs, logits, x_expert, outputs)
+        route = survivors_from_output(layer, route, probs, logits, x_expert, outputs)
         breach = free_kept_violation(layer, route.expert_GS, route.kept_GS, gate, scores.value.shape[-1])
         compare(verdicts, breach[2] if breach else "S-CAP-1", "capacity", "out", np.asarray(float(breach is not None)), exact(0.0))
     gate = stages.gate_stage(layer, probs, logits, route.expert_GS)
     if "gate" in outputs:
         compare(verdicts, "S-GATE-1", "gate", "gate", outputs["gate"], gate, route.kept_GS)
         _tightness(verdicts, "gate", gate, layer.points.gate, route.kept_GS)
-    path = _follow(layer, route, probs, logits, x_expert, outputs)
+    path = follow(layer, route, probs, logits, x_expert, outputs)
     _check_experts(verdicts, layer, path, outputs)
     _check_formats(verdicts, layer, outputs, route.kept_GS)
     counts, lse_GS, weight_GS = _check_losses(verdicts, layer, probs, logits, scores, route, outputs)
@@ -397,7 +326,7 @@ def _judge(verdicts: Verdicts, layer: Layer, outputs: Outputs) -> Verdicts:
         if "hidden" in outputs:
             hidden = stages.pack_tube(exact(np.where(route.kept_GS[..., None], outputs["hidden"], 0.0)), route, scores.value.shape[-1])
         expertise = path.expertise._replace(hidden_GECF=hidden)
-        own_out = _pick(outputs.get("expert_out"), path.expert_out_GSD, route.kept_GS)
+        own_out = pick(outputs.get("expert_out"), path.expert_out_GSD, route.kept_GS)
         backward_probs = probs if layer.points.choice == layer.points.probs else stages.probs_stage(layer, logits)
         forward = Forward(x_router, x_expert, raw, logits, backward_probs, path.gate_GS, route, expertise, own_out, counts, lse_GS, weight_GS)
         _check_gradients(verdicts, layer, forward, outputs)

@@ -186,7 +186,11 @@ def expert_out_stage(layer: Layer, expertise: Expertise, route: Route) -> Tube:
     out = tubes.contract("gecf,efd->gecd", expertise.hidden_GECF, exact(weights.w_out_EFD), layer.experts, F)
     if weights.b_out_ED.any():
         scale = Tube(expertise.bias_scale_GEC.value[..., None], expertise.bias_scale_GEC.radius[..., None])
-        bias = tubes.multiply(scale, exact(weights.b_out_ED[:, None]), layer.experts) if scale.radius.any() else exact(scale.value * weights.b_out_ED[:, None])
+        bias = (
+            tubes.multiply(scale, exact(weights.b_out_ED[:, None]), layer.experts)
+            if scale.radius.any()
+            else exact(scale.value * weights.b_out_ED[:, None])
+        )
         out = tubes.add(out, bias, layer.experts)
     return unpack_tube(tubes.store(out, layer.points.expert_out), route)
 
@@ -198,10 +202,10 @@ def out_stage(layer: Layer, expert_out_GSD: Tube, gate_GS: Tube, x_expert_GSD: T
     if layer.gate_site in ("output", "input_and_output"):
         weighed = tubes.multiply(gate_GS1, expert_out_GSD, layer.experts)
     dropped = {
-        "zero": lambda: exact(np.zeros_like(expert_out_GSD.value)),
-        "x": lambda: x_expert_GSD,
-        "x_times_gate": lambda: tubes.multiply(gate_GS1, x_expert_GSD, layer.experts),
-    }[layer.target.dialect.drop.output]()
+        "zero": exact(np.zeros_like(expert_out_GSD.value)),
+        "x": x_expert_GSD,
+        "x_times_gate": tubes.multiply(gate_GS1, x_expert_GSD, layer.experts),
+    }[layer.target.dialect.drop.output]
     out = tubes.where(route.kept_GS[..., None], weighed, dropped)
     if layer.params.b_shared_D.any():
         out = tubes.add(out, exact(layer.params.b_shared_D), layer.experts)

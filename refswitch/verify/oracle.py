@@ -8,8 +8,14 @@ import numpy as np
 from refswitch.config import Dialect, RoundingPoints
 from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.switch import (
-    Statics, SwitchInputs, SwitchOutputs, SwitchParams, SwitchSaved, switch_backward, switch_forward,
-)  # fmt: skip
+    Statics,
+    SwitchInputs,
+    SwitchOutputs,
+    SwitchParams,
+    SwitchSaved,
+    switch_backward,
+    switch_forward,
+)
 from refswitch.verify.case import Case
 
 FACTOR_NOISE = ("x_mul_uniform", "x_dropout")
@@ -51,9 +57,7 @@ def params_of(case: Case) -> SwitchParams:
         b_gate_EF=_array(case, "b_gate", np.zeros((E, F))),
         b_out_ED=np.zeros((E, D)) if shared else b_out,
     )
-    return SwitchParams(
-        np.asarray(case.w_router, np.float64), _array(case, "b_router", np.zeros(E)), experts, b_out if shared else np.zeros(D)
-    )
+    return SwitchParams(np.asarray(case.w_router, np.float64), _array(case, "b_router", np.zeros(E)), experts, b_out if shared else np.zeros(D))
 
 
 def call_reference(case: Case, dialect: Dialect, points: RoundingPoints) -> tuple[SwitchOutputs, SwitchSaved, SwitchParams, Statics]:

@@ -6,6 +6,7 @@ An adapter is somebody else's program. Whatever it does to its own process is on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -104,11 +105,9 @@ class AdapterProcess:
         self._calls += 1
         write_case(case, folder)
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, and the wait says how
             self._process.stdin.write(json.dumps({"folder": str(folder)}) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the process has ended, and the wait says how
         try:
             reply = self._wait("to run a case")
             self._raise_if_error(reply)
@@ -129,10 +128,8 @@ class AdapterProcess:
     def close(self) -> None:
         """End the process and remove its files."""
         if self._process.stdin is not None and not self._process.stdin.closed:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
-            except BrokenPipeError:
-                pass
         try:
             self._process.wait(timeout=2.0)
         except subprocess.TimeoutExpired:

@@ -3,7 +3,7 @@
 
 A choice is admissible if exact arithmetic under the declared profile could have made it. Everything behind a choice (slots, kept) is
 an integer: recomputed under the implementation's own choices and compared with `==`. Spec: S-ROUTE-3, S-CAP-1, S-CAP-2, S-POS-1.
-Next: `judge`.
+Next: `decode`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from refswitch.verify.tubes import Tube
 
 
 class Choices(NamedTuple):
-    """What may be chosen, and what exact arithmetic on the centre chooses."""
+    """What may be chosen, and the admissible choice whose score is the highest at the centre."""
 
     admissible_GSE: np.ndarray
     centre_GS: np.ndarray
@@ -44,7 +44,7 @@ def admissible_choices(layer: Layer, scores_GSE: Tube, logits_GSE: Tube) -> Choi
         equal_GSE = logits_GSE.value == logits_GSE.value.max(axis=-1, keepdims=True)
         first_GS1 = np.argmax(equal_GSE, axis=-1)[..., None]
         admissible_GSE = admissible_GSE & ~(equal_GSE & (np.arange(E) > first_GS1))
-    return Choices(admissible_GSE, centre_GS)
+    return Choices(admissible_GSE, choose(np.where(admissible_GSE, scores_GSE.value, -np.inf)))
 
 
 def effective_capacity(layer: Layer) -> int:

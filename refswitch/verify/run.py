@@ -2,7 +2,7 @@
 """A judgement from an adapter's file to a report.
 
 `describe` lists a file's adapters; `judge_adapter` runs one of them on the tier's cases in its own process and judges what comes back.
-Next: `report`.
+
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refswitch import SPEC_VERSION, __version__
 from refswitch.errors import InputError
-from refswitch.spec_data import data_root, load_dialect, load_profile, nearest
+from refswitch.spec_data import data_root, load_dialect, load_profile, nearest, parse_record
+from refswitch.verify.case import Case
 from refswitch.verify.cases import Prepared, Target, check_target, prepare
+from refswitch.verify.decode import Outputs
 from refswitch.verify.diagnose import diagnose, merge
-from refswitch.verify.findings import ClauseStatus, Finding, ambiguous_share, collect, statuses, tightness
-from refswitch.verify.judge import Check, Outputs, Verdicts, judge_case
+from refswitch.verify.findings import Finding, ambiguous_share, collect, statuses, tightness
+from refswitch.verify.judge import Check, Verdicts, judge_case
 from refswitch.verify.process import AdapterFailure, AdapterMissing, AdapterProcess
+from refswitch.verify.report import Options, Report
 
 FEATURES = (
     "backward", "aux_loss", "z_loss", "noise", "padding", "groups", "bias", "gated", "top_k", "expert_dropout", "empty", "own_capacity", "ranks",
@@ -31,49 +32,8 @@ FEATURES = (
 LIMIT_KEYS = ("G", "S", "D", "E", "F", "activation")
 LIMIT_WORDS = ("min", "max", "multiple_of", "one_of")
 BUILT_IN = ("reference",)
-DEADLINE_S = 60.0
-Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the caller asks for."""
-
-    dialect: str | None = None
-    profile: str | None = None
-    tier: str = "quick"
-    seed: int = 0
-    deadline_s: float = DEADLINE_S
-
-    @property
-    def shown(self) -> str:
-        """The resolved options in one line."""
-        return (
-            f"tier {self.tier}, seed {self.seed}, dialect {self.dialect or 'as declared'}, profile {self.profile or 'as declared'}, "
-            f"deadline {self.deadline_s:g} s"
-        )
-
-
-@dataclass
-class Report:
-    """What is known of one adapter."""
-
-    target: str
-    verdict: str  # conforms, deviates, inconclusive, error, not run
-    options: Options
-    dialect: Any = None
-    profile: Any = None
-    features: list[str] = field(default_factory=list)
-    clauses: dict[str, ClauseStatus] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-    checks: int = 0
-    cases: int = 0
-    ambiguous: float = 0.0
-    tightness: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    why: str = ""
-    seconds: float = 0.0
-    import_seconds: float = 0.0
+Progress = Callable[[int, int, str], None]  # done, total, what
+Call = Callable[[Case, str], tuple[Outputs, list[str]]]  # case and its id to the outputs and the names of the inputs that were written to
 
 
 def resolve_target(text: str) -> tuple[Path, str]:
@@ -119,8 +79,8 @@ def target_of(declared: Mapping[str, Any], options: Options) -> Target:
             raise InputError(f"LIMITS has an unknown key {key!r}{nearest(str(key), LIMIT_KEYS)}")
         if not isinstance(limit, dict) or not set(limit) <= set(LIMIT_WORDS):
             raise InputError(f"LIMITS[{key!r}] should be a dict with {', '.join(LIMIT_WORDS)}, not {limit!r}")
-    dialect = load_dialect(options.dialect or declared["dialect"])
-    profile = load_profile(options.profile or declared["profile"])
+    dialect = load_dialect(parse_record(options.dialect) if options.dialect else declared["dialect"])
+    profile = load_profile(parse_record(options.profile) if options.profile else declared["profile"])
     return Target(dialect, profile, frozenset(features), dict(limits))
 
 
@@ -144,20 +104,18 @@ def _same_bits(first: Outputs, second: Outputs) -> bool:
     return all(np.array_equal(first[name].view(np.uint8), second[name].view(np.uint8)) for name in first if first[name].size and first[name].ndim)
 
 
-def _run_cases(
-    process: AdapterProcess, prepared: Sequence[Prepared], target: Target, progress: Progress
-) -> tuple[list[Verdicts], dict[str, Outputs]]:
+def _run_cases(call: Call, prepared: Sequence[Prepared], target: Target, progress: Progress) -> tuple[list[Verdicts], dict[str, Outputs]]:
     """Run and judge every case, then the first one again."""
     verdicts: list[Verdicts] = []
     outputs: dict[str, Outputs] = {}
     for number, item in enumerate(prepared):
         progress(number, len(prepared), item.name)
-        outputs[item.name], mutated = process.run(item.case, item.name)
+        outputs[item.name], mutated = call(item.case, item.name)
         verdict = judge_case(item, target, outputs[item.name])
         verdict.checks.append(_state_check(item.name, "S-STATE-1", {}, ", ".join(mutated) or "inputs", len(mutated), len(item.case.arrays)))
         verdicts.append(verdict)
     first = prepared[0]
-    again, _ = process.run(first.case, first.name)
+    again, _ = call(first.case, first.name)
     same = set(again) == set(outputs[first.name]) and _same_bits(outputs[first.name], again)
     if not same and not target.profile.deterministic:
         same = verdicts[0].forward_fails or not any(not check.ok for check in judge_case(first, target, again).checks)
@@ -174,10 +132,15 @@ def _verdict(report: Report) -> str:
     return "inconclusive" if found & {"inconclusive", "suspect"} else "conforms"
 
 
-def judge_process(process: AdapterProcess, label: str, declared: Mapping[str, Any], options: Options, progress: Progress) -> Report:
-    """Judge the adapter that a process serves."""
+def judge_adapter(
+    call: Call, label: str, declared: Mapping[str, Any], options: Options, progress: Progress = lambda *_: None, explain: bool = True
+) -> Report:
+    """Judge the adapter behind `call`, in a process of its own or in this one; `explain` asks for diagnoses.
+
+    Spec: contract 2.
+    """
     start = time.perf_counter()
-    report = Report(label, "error", options, import_seconds=process.import_seconds)
+    report = Report(label, "error", options)
     try:
         target = target_of(declared, options)
         report.dialect, report.profile, report.features = target.dialect, target.profile, sorted(target.features)
@@ -185,7 +148,7 @@ def judge_process(process: AdapterProcess, label: str, declared: Mapping[str, An
         prepared = list(prepare(target, options.tier, options.seed))
         if not prepared:
             raise InputError("LIMITS and FEATURES leave no case to run")
-        verdicts, outputs = _run_cases(process, prepared, target, progress)
+        verdicts, outputs = _run_cases(call, prepared, target, progress)
     except (InputError, AdapterFailure) as error:
         report.why = str(error)
         report.seconds = time.perf_counter() - start
@@ -197,7 +160,7 @@ def judge_process(process: AdapterProcess, label: str, declared: Mapping[str, An
     findings = collect(verdicts)
     for number, finding in enumerate(findings):
         progress(number, len(findings), f"what explains {finding.clause}")
-        finding.diagnosis = [] if finding.stage == "state" else diagnose(finding, verdicts, outputs, target)
+        finding.diagnosis = diagnose(finding, verdicts, outputs, target) if explain and finding.stage != "state" else []
     report.findings = merge(findings)
     for finding in report.findings:
         _move_to_cause(finding, outputs)
@@ -242,86 +205,16 @@ def judge_file(path: Path, name: str, shown: str, options: Options, progress: Pr
         finish(Report(shown, "error", options, why=str(failure)))
         return reports
     for number, declared in enumerate(described):
+
+        def advance(done_cases: int, total: int, what: str, declared: dict[str, Any] = declared) -> None:
+            progress(done_cases, total, f"{declared['label']}: {what}")
+
         label = shown if "::" in shown or declared["label"] == "switch_layer" else f"{shown}::{declared['label']}"
         try:
             with process if number == 0 else AdapterProcess(path, declared["label"], options.deadline_s) as current:
-                finish(judge_process(current, label, declared, options, lambda n, total, what, label=label: progress(n, total, f"{label}: {what}")))
+                report = judge_adapter(current.run, label, declared, options, advance)
+                report.import_seconds = current.import_seconds
+                finish(report)
         except (AdapterFailure, AdapterMissing) as failure:
             finish(Report(label, "error", options, why=str(failure)))
     return reports
-
-
-def exit_status(reports: Sequence[Report]) -> int:
-    """Return the exit status of `verify`. Spec: contract 2."""
-    verdicts = [report.verdict for report in reports]
-    if "deviates" in verdicts:
-        return 1
-    judged = [verdict for verdict in verdicts if verdict != "not run"]
-    return 0 if judged and all(verdict == "conforms" for verdict in judged) else 2
-
-
-def _number(value: float) -> float | str:
-    if math.isnan(value):
-        return "nan"
-    return value if math.isfinite(value) else ("inf" if value > 0 else "-inf")
-
-
-def as_json(report: Report) -> dict[str, Any]:
-    """Return the report in the contract's form. Spec: contract 4."""
-    findings = []
-    for finding in report.findings:
-        check = finding.first
-        findings.append(
-            {
-                "clause": finding.clause,
-                "stage": finding.stage,
-                "summary": summary_of(finding),
-                "case": check.case,
-                "output": check.output,
-                "cases": len({each.case for each in finding.checks}),
-                "coordinates": check.coordinates,
-                "got": _number(check.got),
-                "expected": _number(check.expected),
-                "radius": _number(check.radius),
-                "ratio": _number(check.worst),
-                "diagnosis": [{"name": item.name, "agreement": item.agreement, "says": item.says} for item in finding.diagnosis],
-                "counterexample": None,
-            }
-        )
-    return {
-        "refswitch": __version__,
-        "spec": SPEC_VERSION,
-        "target": report.target,
-        "dialect": asdict(report.dialect) if report.dialect else {},
-        "profile": asdict(report.profile) if report.profile else {},
-        "tier": report.options.tier,
-        "seed": report.options.seed,
-        "seconds": round(report.seconds, 3),
-        "verdict": report.verdict,
-        "why": report.why,
-        "features": report.features,
-        "notes": report.notes,
-        "cases": report.cases,
-        "checks": report.checks,
-        "ambiguous_tokens": report.ambiguous,
-        "clauses": {
-            name: {"status": status.status, "checks": status.checks, "worst": _number(status.worst)} | ({"why": status.why} if status.why else {})
-            for name, status in report.clauses.items()
-        },
-        "findings": findings,
-        "tightness": {output: {"median_ulp": _number(ulp)} for output, ulp in report.tightness.items()},
-    }
-
-
-def summary_of(finding: Finding) -> str:
-    """Return the finding in one sentence."""
-    full = [item for item in finding.diagnosis if item.agreement == 1.0]
-    if finding.clause == "S-STATE-1":
-        return f"the call writes to its input {finding.first.output}"
-    if finding.clause == "S-STATE-2":
-        return "the same call gives another answer the second time"
-    if full:
-        return full[0].says
-    return f"not so: {finding.text[0].lower()}{finding.text[1:].rstrip('.')}"
-
-

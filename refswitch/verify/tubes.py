@@ -10,7 +10,7 @@ Spec: numbers (the derivations). Source: Higham, Accuracy and Stability of Numer
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import erf, ndtr
@@ -32,7 +32,7 @@ class Tube(NamedTuple):
     value: np.ndarray
     radius: np.ndarray
 
-    def at(self, index: object) -> Tube:
+    def at(self, index: Any) -> Tube:
         """Index value and radius alike."""
         return Tube(self.value[index], self.radius[index])
 
@@ -92,7 +92,9 @@ def _up(radius: np.ndarray) -> np.ndarray:
 
 def _is_exact(a: Tube, b: Tube, magnitude: np.ndarray, arithmetic: Arithmetic) -> bool:
     """Whether every partial sum, in any order, is an integer that the accumulator holds: then no rounding happens at all."""
-    if a.radius.any() or b.radius.any() or arithmetic.unit == 0.0 or not (np.rint(a.value) == a.value).all() or not (np.rint(b.value) == b.value).all():
+    if a.radius.any() or b.radius.any() or arithmetic.unit == 0.0:
+        return False
+    if not ((np.rint(a.value) == a.value).all() and (np.rint(b.value) == b.value).all()):
         return False
     widest = max(np.max(np.abs(a.value), initial=0.0), np.max(np.abs(b.value), initial=0.0))
     return bool(np.max(magnitude, initial=0.0) * arithmetic.unit <= 1.0 and widest * arithmetic.input_unit <= 0.5)
