@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refswitch.config import Dialect, Profile
+from refswitch.config import Dialect, Profile, router_format
 from refswitch.errors import InputError
 from refswitch.numbers.precision import FORMATS, round_to
 from refswitch.reference.capacity import capacity_in_eval, capacity_of
@@ -57,7 +57,9 @@ class Recipe:
     factor: str = "1.25"  # for implementations that compute their own capacity
     pads: str = ""  # "right", "left", "scattered", "all"
     noise: bool = False
-    ties: str = ""  # "exact": equal integer logits; "near": logits a few roundings apart
+    ties: str = ""  # "exact": equal integer logits; "near": logits half a rounding apart
+    integers: bool = False  # integer tokens and weights: sums are exact, and roundings of hidden and out fall on halves
+    shift: float = 0.0  # added to every logit
     losses: tuple[float, float] = (0.37, 0.011)  # d(loss)/d(aux_loss), d(loss)/d(z_loss)
     mask: bool = False  # expert dropout
     train: bool = False
@@ -97,6 +99,8 @@ RECIPES = (
     Recipe("small-tokens", scale=1e-3, S=19, E=3),
     Recipe("large-tokens", scale=30.0, S=21, E=7),
     Recipe("huge-logits", router_scale=90.0, S=22, E=6),
+    Recipe("enormous-logits", router_scale=900.0, S=20, E=6),
+    Recipe("negative-logits", shift=-1000.0, S=18, E=6),
     Recipe("losses-only", out_scale=0.0),
     Recipe("aux-only", out_scale=0.0, losses=(1.0, 0.0), hot=1),
     Recipe("z-only", out_scale=0.0, losses=(0.0, 1.0)),
@@ -118,22 +122,31 @@ RECIPES = (
     Recipe("eleven-experts", E=11, S=46),
     Recipe("thirteen-experts-overflow", E=13, S=53, hot=10, capacity=3),
     Recipe("square", D=16, F=16, S=23),
+    Recipe("square-router", D=7, E=7, S=25),
+    Recipe("many-experts", E=131, S=149, D=6, F=5),
+    Recipe("many-weights", E=13, S=25, D=56, F=61),
+    Recipe("integers", integers=True, E=1, S=27),
+    Recipe("integers-experts", integers=True, E=3, S=28),
     Recipe("tails", S=37, D=33, F=35),
     Recipe("wide", S=10, D=130, F=67, E=4),
     Recipe("crowd", S=331, D=6, F=9, E=2, hot=1),
-    Recipe("crowd-overflow", S=307, D=6, F=9, E=2, hot=0, capacity=270),
+    Recipe("crowd-overflow", S=307, D=6, F=9, E=2, hot=0, everyone=True, capacity=270),
     Recipe("ties", ties="exact", S=32, E=6),
     Recipe("ties-overflow", ties="exact", S=32, E=4, capacity=5),
     Recipe("near-ties", ties="near", S=34, E=4),
+    Recipe("near-ties-small", ties="near", scale=0.03, S=35, E=4),
     Recipe("groups", G=3, S=16, needs=("groups",)),
     Recipe("groups-overflow", G=4, S=15, hot=1, capacity=3, needs=("groups",)),
     Recipe("pads-right", pads="right", needs=("padding",)),
     Recipe("pads-left-overflow", pads="left", hot=1, capacity=4, S=27, needs=("padding",)),
     Recipe("pads-scattered-overflow", pads="scattered", hot=0, capacity=3, needs=("padding",)),
     Recipe("pads-groups", pads="scattered", G=3, S=14, capacity=3, needs=("padding", "groups")),
+    Recipe("pads-square", pads="scattered", S=7, E=7, needs=("padding",)),
     Recipe("pads-all", pads="all", S=8, needs=("padding",)),
     Recipe("noise", noise=True, train=True, needs=("noise",)),
     Recipe("noise-overflow", noise=True, train=True, hot=1, capacity=4, S=25, needs=("noise",)),
+    Recipe("noise-eval", noise=True, S=20, needs=("noise",)),
+    Recipe("noise-groups", noise=True, train=True, G=3, S=13, needs=("noise", "groups")),
     Recipe("noise-pads", noise=True, train=True, pads="scattered", needs=("noise", "padding")),
     Recipe("dropout", mask=True, train=True, needs=("expert_dropout",)),
     Recipe("dropout-overflow", mask=True, train=True, hot=2, capacity=4, needs=("expert_dropout",)),
@@ -224,24 +237,37 @@ def _pad_mask(recipe: Recipe, seed: int) -> np.ndarray:
     return valid_GS
 
 
-def _router_and_tokens(recipe: Recipe, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def integers(seed: int, case: str, array: str, shape: tuple[int, ...], largest: int) -> np.ndarray:
+    """Draw integers from -largest to largest."""
+    return np.floor(uniform(seed, case, array, shape) * (2 * largest + 1)) - largest
+
+
+def _router_and_tokens(recipe: Recipe, target: Target, seed: int) -> tuple[np.ndarray, np.ndarray]:
     G, S, D, E = recipe.G, recipe.S, recipe.D, recipe.E
+    if recipe.integers:
+        return integers(seed, recipe.name, "x", (G, S, D), 12), integers(seed, recipe.name, "w_router", (D, E), 2) / 64.0
     if recipe.ties == "exact":
         # Small integers: every logit is exact in every order and format, and columns that repeat tie exactly.
-        w_DE = np.floor(uniform(seed, recipe.name, "w_router", (D, E)) * 5.0) - 2.0
+        w_DE = integers(seed, recipe.name, "w_router", (D, E), 2)
         w_DE[:, E // 2 :] = w_DE[:, : E - E // 2]
-        return np.floor(uniform(seed, recipe.name, "x", (G, S, D)) * 5.0) - 2.0, w_DE
+        return integers(seed, recipe.name, "x", (G, S, D), 2), w_DE
     w_DE = recipe.router_scale * bell(seed, recipe.name, "w_router", (D, E)) / np.sqrt(D)
     x_GSD = bell(seed, recipe.name, "x", (G, S, D))
-    if recipe.ties == "near":
-        w_DE[:, E // 2 :] = w_DE[:, : E - E // 2] * (1.0 + 2.0**-22 * np.arange(E - E // 2))
     unit_DE = w_DE / np.maximum(np.sqrt(np.sum(w_DE**2, axis=0)), 1e-30)
     if recipe.hot is not None:
         prefers_GS = (uniform(seed, recipe.name, "hot", (G, S)) < 0.7) | recipe.everyone
         x_GSD = x_GSD + prefers_GS[..., None] * (12.0 if recipe.everyone else 3.5) * unit_DE[:, recipe.hot]
     if recipe.avoid is not None:
         x_GSD = x_GSD - 8.0 * unit_DE[:, recipe.avoid]
-    return recipe.scale * x_GSD, w_DE
+    x_GSD = recipe.scale * x_GSD
+    if recipe.ties == "near":
+        # The later half repeats the first; the last coordinate alone tells them apart, by half a rounding of a logit of 1.
+        bits = router_format(target.dialect, target.profile).precision
+        w_DE[:, E // 2 :] = w_DE[:, : E - E // 2]
+        w_DE[-1], x_GSD[..., -1] = np.arange(E) >= E // 2, 2.0**-bits
+    if recipe.shift:
+        w_DE[-1], x_GSD[..., -1] = 8.0, recipe.shift / 8.0
+    return x_GSD, w_DE
 
 
 def make_case(recipe: Recipe, target: Target, seed: int) -> Case:
@@ -257,9 +283,11 @@ def make_case(recipe: Recipe, target: Target, seed: int) -> Case:
         return round_to(array, FORMATS[format_name]).astype(wide)
 
     def weight(array: str, shape: tuple[int, ...], fan_in: int) -> np.ndarray:
+        if recipe.integers:
+            return stored(integers(seed, name, array, shape, {"w_in": 12, "w_gate": 1, "w_out": 1}[array]), storage.w)
         return stored(bell(seed, name, array, shape) / np.sqrt(fan_in), storage.w)
 
-    x_GSD, w_router_DE = _router_and_tokens(recipe, seed)
+    x_GSD, w_router_DE = _router_and_tokens(recipe, target, seed)
     arrays: dict[str, np.ndarray] = {
         "w_router": stored(w_router_DE, storage.w),
         "w_in": weight("w_in", (E, D, F), D),

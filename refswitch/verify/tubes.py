@@ -120,10 +120,16 @@ def contract(subscripts: str, a: Tube, b: Tube, arithmetic: Arithmetic, terms: n
 
 
 def multiply(a: Tube, b: Tube, arithmetic: Arithmetic) -> Tube:
-    """Return a * b with one rounding."""
+    """Return a * b with one rounding; a factor that is exactly a power of two makes none."""
     a_abs, b_abs = np.abs(a.value), np.abs(b.value)
     carried = a.radius * (b_abs + b.radius) + a_abs * b.radius
-    return Tube(a.value * b.value, _up(carried + (arithmetic.unit + OWN_UNIT) * (a_abs * b_abs + carried) + arithmetic.tiny))
+    rounding = (arithmetic.unit + OWN_UNIT) * (a_abs * b_abs + carried) + arithmetic.tiny
+    return Tube(a.value * b.value, _up(carried + np.where(_is_power_of_two(a) | _is_power_of_two(b), 0.0, rounding)))
+
+
+def _is_power_of_two(a: Tube) -> np.ndarray:
+    """Whether an exactly known value is 1, 2, 1/2 or 0: far from over- and underflow of what it multiplies."""
+    return (a.radius == 0.0) & np.isin(np.abs(a.value), (0.0, 0.5, 1.0, 2.0))
 
 
 def add(a: Tube, b: Tube, arithmetic: Arithmetic) -> Tube:
@@ -192,6 +198,8 @@ def softmax(logits: Tube, arithmetic: Arithmetic) -> Tube:
     maximum subtracted has relative error 2 u R + 2 eps_exp + gamma_E + 2 u, R the largest distance from the maximum.
     """
     E = logits.value.shape[-1]
+    if E == 1:
+        return exact(np.where(np.isfinite(logits.value), 1.0, np.nan))  # exp(0) / exp(0)
     flat, radius = logits.value.reshape(-1, E), logits.radius.reshape(-1, E)
     parts = [_softmax_box(flat[i : i + step], radius[i : i + step]) for step in (max(1, CHUNK // (E * E)),) for i in range(0, len(flat), step)]
     shape = logits.value.shape
