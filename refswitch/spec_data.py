@@ -246,3 +246,9 @@ def load_clauses() -> dict[str, Tree]:
 def load_knobs() -> dict[str, Tree]:
     """Return what is said of each judged knob: its stage, its meaning and a phrase for each value."""
     return read_yaml(data_root() / "spec" / "knobs.yaml")["knobs"]
+
+
+@functools.cache
+def load_mistakes() -> dict[str, Tree]:
+    """Return what implementations do by mistake and no dialect does: its stage and its meaning."""
+    return read_yaml(data_root() / "spec" / "knobs.yaml")["mistakes"]

@@ -22,6 +22,7 @@ app = typer.Typer(
     help="The executable standard for Switch Transformers: judge any implementation of a Switch layer, forward and backward.",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from refswitch.config import Dialect
 from refswitch.reference.capacity import capacity_in_eval, capacity_of
-from refswitch.spec_data import knobs_of, load_knobs, with_knob
+from refswitch.spec_data import knobs_of, load_knobs, load_mistakes, with_knob
 from refswitch.verify.case import GRADIENTS, INPUTS, OUTPUTS, Case
 from refswitch.verify.cases import ACTIVATIONS, Prepared, Target
 from refswitch.verify.decode import Outputs
@@ -32,6 +32,9 @@ def alternatives(dialect: Dialect) -> Iterator[tuple[str, object, str, str]]:
         for value, says in entry["says"].items():
             if current[knob] != value:
                 yield knob, value, says, entry["stage"]
+    for mistake, entry in load_mistakes().items():
+        knob, value = mistake.split("=")
+        yield knob, value, entry["says"], entry["stage"]
 
 
 def _flattened(array: np.ndarray, letters: str) -> np.ndarray:
@@ -40,8 +43,16 @@ def _flattened(array: np.ndarray, letters: str) -> np.ndarray:
 
 def _replayed(knob: str, value: object, target: Target, prepared: Prepared, outputs: Outputs) -> tuple[Prepared, Target, Outputs]:
     """Return the case, target and outputs as they stand under another knob value."""
-    case, dialect = prepared.case, with_knob(target.dialect, knob, value)
+    case = prepared.case
     scalars, arrays = dict(case.scalars), dict(case.arrays)
+    if (knob, value) == ("priority", "reversed"):
+        G, S = case.sizes["G"], case.sizes["S"]
+        arrays["priority"] = np.broadcast_to(np.arange(S)[::-1], (G, S))
+        knob, value = "priority", "random"
+    if knob == "capacity":
+        scalars["capacity"] = max(scalars["capacity"] + {"C+1": 1, "C-1": -1}[str(value)], 0)
+        return Prepared(prepared.recipe, Case(scalars, arrays)), target, outputs
+    dialect = with_knob(target.dialect, knob, value)
     if knob == "capacity.expr":
         S, E = case.sizes["S"], case.sizes["E"]
         rule = dialect.capacity
@@ -65,11 +76,9 @@ def _failing(verdicts: Verdicts) -> set[tuple[str, str]]:
     return {(check.clause, check.output) for check in verdicts.checks if not check.ok}
 
 
-def _explains(knob: str, value: object, target: Target, verdict: Verdicts, outputs: Outputs, clauses: set[str]) -> bool:
-    again = judge_case(*_replayed(knob, value, target, verdict.case, outputs))
-    left, before = _failing(again), _failing(verdict)
-    mended = not any(clause in clauses for clause, _ in left)
-    return mended and left <= before
+def _left(knob: str, value: object, target: Target, verdict: Verdicts, outputs: Outputs) -> set[tuple[str, str]]:
+    """Return what still fails, or fails anew, under another value."""
+    return _failing(judge_case(*_replayed(knob, value, target, verdict.case, outputs)))
 
 
 def diagnose(finding: Finding, verdicts: Sequence[Verdicts], outputs: dict[str, Outputs], target: Target) -> list[Diagnosis]:
@@ -86,30 +95,27 @@ def diagnose(finding: Finding, verdicts: Sequence[Verdicts], outputs: dict[str, 
     controls = [*tagged[: CONTROLS_REPLAYED - 1], *right[:1]]
     found = []
     for knob, value, says, stage in alternatives(target.dialect):
-        agreeing = sum(_explains(knob, value, target, verdict, outputs[verdict.case.name], clauses) for verdict in failing)
+        left = [_left(knob, value, target, verdict, outputs[verdict.case.name]) for verdict in failing]
+        explained = [
+            not any(clause in clauses for clause, _ in remaining) and remaining <= _failing(verdict)
+            for remaining, verdict in zip(left, failing, strict=True)
+        ]
         # Where nothing is ever dropped a case has a slot for everyone, so a case with fewer slots cannot speak against that value.
         fair = [control for control in controls if value != "inf" or control.case.case.capacity >= control.case.case.sizes["S"]]
-        if agreeing and all(_explains(knob, value, target, control, outputs[control.case.name], set()) for control in fair):
+        if any(explained) and not any(_left(knob, value, target, control, outputs[control.case.name]) for control in fair):
             shown = str(value).lower() if isinstance(value, bool) else value
-            found.append(Diagnosis(f"{knob}={shown}", agreeing / len(failing), says, stage))
-    return sorted(found, key=lambda diagnosis: -diagnosis.agreement)[:KEPT_DIAGNOSES]
+            mended = sum(not remaining for remaining in left)
+            found.append(Diagnosis(f"{knob}={shown}", sum(explained) / len(failing), says, stage, mended / len(failing)))
+    # What explains everything comes first; "unspecified" allows so much that it is no explanation where another one is as good.
+    return sorted(found, key=lambda item: (-item.agreement, -item.mended, item.name.endswith("=unspecified")))[:KEPT_DIAGNOSES]
 
 
 def merge(findings: Sequence[Finding]) -> list[Finding]:
-    """Join findings that one and the same knob value explains fully: they are one fault, seen at several stages."""
-    result: list[Finding] = []
-    for finding in findings:
-        best = finding.diagnosis[0] if finding.diagnosis else None
-        twin = next(
-            (
-                other
-                for other in result
-                if best and best.agreement == 1.0 and any(d.name == best.name and d.agreement == 1.0 for d in other.diagnosis)
-            ),
-            None,
-        )
-        if twin is None:
-            result.append(finding)
-        else:
+    """Join findings whose best explanation is one and the same knob value: they are one fault, seen at several stages."""
+    by_cause: dict[str, Finding] = {}
+    for number, finding in enumerate(findings):
+        explained = finding.diagnosis and finding.diagnosis[0].agreement == 1.0
+        twin = by_cause.setdefault(finding.diagnosis[0].name if explained else f"unexplained {number}", finding)
+        if twin is not finding:
             twin.checks += finding.checks
-    return result
+    return list(by_cause.values())

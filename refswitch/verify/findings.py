@@ -32,6 +32,12 @@ class Diagnosis:
     agreement: float
     says: str
     stage: str
+    mended: float  # share of the replayed failing cases in which nothing at all fails any more
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it explains everything that was replayed."""
+        return self.agreement == self.mended == 1.0
 
 
 @dataclass

@@ -178,14 +178,14 @@ STAGE_CLAUSE = {
 
 
 def _move_to_cause(finding: Finding, outputs: Mapping[str, Outputs]) -> None:
-    """Blame the stage of the one full explanation, where that stage is upstream of what was seen and not exported itself."""
-    full = [diagnosis for diagnosis in finding.diagnosis if diagnosis.agreement == 1.0]
-    if len(full) != 1 or finding.stage not in ("combine", "drop", "expert"):
+    """Blame the stage of the best explanation, if it is full, where that stage is upstream of what was seen and not exported itself."""
+    if not finding.diagnosis or not finding.diagnosis[0].is_full or finding.stage not in ("combine", "drop", "expert"):
         return
-    stage = full[0].stage
+    stage = finding.diagnosis[0].stage
     exported = next(iter(outputs.values()))
     if stage in STAGE_CLAUSE and STAGE_OUTPUT.get(stage, "") not in exported:
-        finding.stage, finding.clause = stage, STAGE_CLAUSE[stage]
+        is_order = finding.diagnosis[0].name.startswith("priority")
+        finding.stage, finding.clause = stage, "S-CAP-2" if is_order else STAGE_CLAUSE[stage]
 
 
 def judge_file(path: Path, name: str, shown: str, options: Options, progress: Progress, done: Callable[[Report], None]) -> list[Report]:
