@@ -185,9 +185,7 @@ def gate_not_applied(tape):
     return tape.expert_out_GSD
 
 
-@mutant(
-    "S-EXPERT-1", "expert", "expert_x_GSD", "E > 1, an activation that is not homogeneous, or bias", "T10 (the Keras example)", dialect=GELU
-)
+@mutant("S-EXPERT-1", "expert", "expert_x_GSD", "E > 1, an activation that is not homogeneous, or bias", "T10 (the Keras example)", dialect=GELU)
 def gate_on_input_too(tape):
     """The gate multiplies the expert's input as well as its output."""
     return tape.gate_GS[..., None] * tape.x_GSD

@@ -199,9 +199,7 @@ def positions_counted_in_bfloat16(tape):
     return np.minimum(forward.slots(tape), 256)
 
 
-@mutant(
-    "S-POS-1", "position", "slot_GS", "more than 128 tokens on one expert, overflow", "EDG06 vllm-project/vllm#34279 (int32, scaled down)"
-)
+@mutant("S-POS-1", "position", "slot_GS", "more than 128 tokens on one expert, overflow", "EDG06 vllm-project/vllm#34279 (int32, scaled down)")
 def positions_counted_in_int8(tape):
     """The count wraps at 128."""
     return forward.slots(tape).astype(np.int8).astype(np.int64)
@@ -329,9 +327,7 @@ def last_rows_not_written(tape):
     return np.where(np.arange(T).reshape(tape.G, tape.S, 1) < T // 8 * 8, forward.combine(tape), 0)
 
 
-@mutant(
-    "S-BACK-3", "dispatch", "outer", "an expert with fewer tokens than another, dout", "EDG02 pytorch/pytorch#193633", dispatch="einsum"
-)
+@mutant("S-BACK-3", "dispatch", "outer", "an expert with fewer tokens than another, dout", "EDG02 pytorch/pytorch#193633", dispatch="einsum")
 def unused_slots_hold_nan(tape, a_TD, b_TF):
     """Slots without a token are not initialised, and 0 * NaN is NaN."""
     packed_END, packed_ENF = tape.plan @ a_TD, tape.plan @ b_TF

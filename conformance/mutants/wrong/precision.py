@@ -168,9 +168,7 @@ def out_not_rounded(v):
     return v
 
 
-@mutant(
-    "S-PREC-1", "precision", "pre_in_GSF", "an activation that does not commute with rounding, as ReLU does", profiles=BF16, dialect=GELU
-)
+@mutant("S-PREC-1", "precision", "pre_in_GSF", "an activation that does not commute with rounding, as ReLU does", profiles=BF16, dialect=GELU)
 def pre_activation_rounded(tape):
     """The pre-activation is stored in bfloat16, which is not declared."""
     return round_bf16(forward.pre_in(tape))
