@@ -61,7 +61,8 @@ def spacing(x: np.ndarray, format: Format) -> np.ndarray:
     """
     x_abs = np.abs(np.asarray(x, np.float64))
     _, exponent = np.frexp(x_abs)
-    result = np.ldexp(1.0, np.maximum(exponent - 1, format.e_min) - format.precision + 1)
+    exponent = np.where(x_abs > 0.0, exponent - 1, format.e_min)  # frexp calls the exponent of 0 zero
+    result = np.ldexp(1.0, np.maximum(exponent, format.e_min) - format.precision + 1)
     return np.where(np.isfinite(x_abs), result, np.nan)
 
 

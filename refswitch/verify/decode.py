@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -58,9 +59,17 @@ def follow(layer: Layer, route: Route, probs: Tube, logits: Tube, x_expert: Tube
     return Path(route, gate, expertise, expert_out, out)
 
 
+class Guess(NamedTuple):
+    """Choices read out of an output."""
+
+    expert_GS: np.ndarray
+    options_GSE: np.ndarray  # the experts that the output leaves possible: one where it tells, several where it does not
+    is_searched: bool  # False: there were more combinations than are tried, and none of those tried explains who was dropped
+
+
 def guess_choices(
     layer: Layer, expert_GS: np.ndarray, uncertain_GS: np.ndarray, scores: Tube, probs: Tube, logits: Tube, x_expert: Tube, outputs: Outputs
-) -> np.ndarray:
+) -> Guess:
     """Return the choices of an implementation that does not export them, decoded from its output.
 
     Each uncertain token takes the admissible expert whose tube its output lies in. Where that leaves several (dropped tokens look alike)
@@ -84,13 +93,16 @@ def guess_choices(
         options.append(sorted(set(fitting)) or [int(e) for e in np.flatnonzero(admissible[g, s])])
     nonzero_GS = (out != 0.0).any(axis=-1)
     guess_GS = expert_GS.copy()
+    options_GSE = expert_GS[..., None] == np.arange(admissible.shape[-1])
+    for (g, s), option in zip(tokens, options, strict=True):
+        options_GSE[g, s] = np.isin(np.arange(admissible.shape[-1]), option)
     for combination in itertools.islice(itertools.product(*options), MAX_BRANCHES):
         guess_GS[tuple(tokens.T)] = combination
         gate = stages.gate_stage(layer, probs, logits, guess_GS)
         if (expected_route(layer, guess_GS, gate.value, scores.value).kept_GS == nonzero_GS)[~layer.sits_out_GS].all():
-            return guess_GS
+            return Guess(guess_GS, options_GSE, True)
     guess_GS[tuple(tokens.T)] = [option[0] for option in options]
-    return guess_GS
+    return Guess(guess_GS, options_GSE, math.prod(len(option) for option in options) <= MAX_BRANCHES)
 
 
 def survivors_from_output(layer: Layer, route: Route, probs: Tube, logits: Tube, x_expert: Tube, outputs: Outputs) -> Route:

@@ -20,7 +20,15 @@ from refswitch.verify.cases import Prepared, Target
 from refswitch.verify.decode import Outputs, Path, follow, guess_choices, pick, survivors_from_output
 from refswitch.verify.gradients import Forward, gradient_tubes
 from refswitch.verify.layer import Layer, prepare_layer
-from refswitch.verify.route import admissible_choices, claims_per_expert, effective_capacity, expected_route, free_kept_violation, kept_is_forced
+from refswitch.verify.route import (
+    admissible_choices,
+    claims_per_expert,
+    effective_capacity,
+    expected_route,
+    free_kept_violation,
+    kept_is_forced,
+    order_is_certain,
+)
 from refswitch.verify.tubes import Tube, exact
 
 STAGES = (
@@ -235,10 +243,12 @@ def _check_experts(verdicts: Verdicts, layer: Layer, path: Path, outputs: Output
 
 
 def _check_losses(
-    verdicts: Verdicts, layer: Layer, probs: Tube, logits: Tube, scores: Tube, route: Route, outputs: Outputs
+    verdicts: Verdicts, layer: Layer, probs: Tube, logits: Tube, scores: Tube, route: Route, options_GSE: np.ndarray, outputs: Outputs
 ) -> tuple[Tube, Tube, np.ndarray]:
     """Check both losses; return the counts, the log-sum-exp and the z-loss's weights, which the gradients need."""
     counts = stages.counts_of(layer, route, logits, scores)
+    untold_GSE = options_GSE & (options_GSE.sum(axis=-1, keepdims=True) > 1)  # choices that the output does not tell: any of them may be counted
+    counts = Tube(counts.value, counts.radius + untold_GSE.sum(axis=1))
     z_value, lse_GS, weight_GS = stages.z_stage(layer, logits)
     wants = layer.case.wants
     if "aux_loss" in outputs and "aux_loss" in wants and layer.x_GSD.size and layer.target.dialect.aux.form == "product":
@@ -304,8 +314,14 @@ def _judge(verdicts: Verdicts, layer: Layer, outputs: Outputs) -> Verdicts:
     x_router, x_expert = stages.noise_stage(layer)
     raw, logits, probs, scores = _checked_scores(verdicts, layer, outputs, x_router)
     expert_GS, uncertain_GS = _chosen(verdicts, layer, outputs, scores, logits)
+    options_GSE = expert_GS[..., None] == np.arange(scores.value.shape[-1])
     if uncertain_GS.any():
-        expert_GS = guess_choices(layer, expert_GS, uncertain_GS, scores, probs, logits, x_expert, outputs)
+        guess = guess_choices(layer, expert_GS, uncertain_GS, scores, probs, logits, x_expert, outputs)
+        expert_GS, options_GSE = guess.expert_GS, guess.options_GSE
+        if not guess.is_searched:
+            return verdicts
+    if layer.target.dialect.select.rule == "ntlb" and not order_is_certain(layer, scores):
+        return verdicts
     gate = stages.gate_stage(layer, probs, logits, expert_GS)
     route = _checked_route(verdicts, layer, outputs, expert_GS, gate, scores)
     if "kept" not in outputs and not kept_is_forced(layer):
@@ -319,9 +335,9 @@ def _judge(verdicts: Verdicts, layer: Layer, outputs: Outputs) -> Verdicts:
     path = follow(layer, route, probs, logits, x_expert, outputs)
     _check_experts(verdicts, layer, path, outputs)
     _check_formats(verdicts, layer, outputs, route.kept_GS)
-    counts, lse_GS, weight_GS = _check_losses(verdicts, layer, probs, logits, scores, route, outputs)
+    counts, lse_GS, weight_GS = _check_losses(verdicts, layer, probs, logits, scores, route, options_GSE, outputs)
     _note_evidence(verdicts, layer, route)
-    if "dout" in prepared.case:
+    if "dout" in prepared.case and (options_GSE.sum(axis=-1) == 1).all():
         hidden = path.expertise.hidden_GECF
         if "hidden" in outputs:
             hidden = stages.pack_tube(exact(np.where(route.kept_GS[..., None], outputs["hidden"], 0.0)), route, scores.value.shape[-1])

@@ -47,6 +47,16 @@ def admissible_choices(layer: Layer, scores_GSE: Tube, logits_GSE: Tube) -> Choi
     return Choices(admissible_GSE, choose(np.where(admissible_GSE, scores_GSE.value, -np.inf)))
 
 
+def order_is_certain(layer: Layer, scores_GSE: Tube) -> bool:
+    """Whether no two scores of a token can change places: what rules with several choices per token need in order to be judged."""
+    if not scores_GSE.radius.any():
+        return True
+    order_GSE = np.argsort(scores_GSE.value, axis=-1)
+    low_GSE = np.take_along_axis(scores_GSE.value - scores_GSE.radius, order_GSE, axis=-1)
+    high_GSE = np.take_along_axis(scores_GSE.value + scores_GSE.radius, order_GSE, axis=-1)
+    return bool((low_GSE[..., 1:] > high_GSE[..., :-1])[~layer.sits_out_GS].all())
+
+
 def effective_capacity(layer: Layer) -> int:
     """Return how many claims an expert can serve."""
     return max(layer.case.capacity - layer.target.dialect.capacity.slots_lost, 0)

@@ -1,0 +1,96 @@
+# May import: standard library, numpy, pytest, refswitch.
+"""The judge and the reference agree: two independent evaluations of every dialect, under every profile, exporting and black box.
+
+The judge evaluates the layer in tubes and never calls the reference's arithmetic for their centres, so a slip in either shows here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from refswitch.config import rounding_points
+from refswitch.errors import InputError
+from refswitch.numbers.precision import FORMATS, is_stored, round_to, spacing
+from refswitch.spec_data import load_dialect, load_profile, names_of
+from refswitch.verify import tubes
+from refswitch.verify.cases import Target, check_target, prepare
+from refswitch.verify.judge import judge_case
+from refswitch.verify.oracle import reference_outputs
+from refswitch.verify.run import FEATURES
+
+PLAYED = tuple(feature for feature in FEATURES if feature not in ("top_k", "own_capacity", "ranks"))
+NOT_JUDGED = ("fairscale_top2", "st_moe_pytorch", "t2t_noisy_top1", "vllm_reference")
+BLACK_BOX = ("out", "aux_loss", "z_loss")
+PAIRS = [(dialect, profile) for dialect in names_of("dialects") if dialect not in NOT_JUDGED for profile in names_of("profiles")]
+
+
+def _target(dialect: str, profile: str) -> Target:
+    return Target(load_dialect(dialect), load_profile(profile), frozenset(PLAYED), {})
+
+
+@pytest.mark.parametrize(("dialect", "profile"), PAIRS[::2] + [pair for pair in PAIRS[1::2] if pair[1] in ("float32", "float64")])
+def test_reference__is_never_accused(dialect: str, profile: str) -> None:
+    """Playing any record, under its own profile, nothing fails, exporting everything or the output alone."""
+    target = _target(dialect, profile)
+    check_target(target)
+    points = rounding_points(target.dialect, target.profile)
+    for number, prepared in enumerate(prepare(target, "quick", seed=11)):
+        outputs = reference_outputs(prepared.case, target.dialect, points)
+        if number % 3 == 0:
+            outputs = {name: value for name, value in outputs.items() if name in BLACK_BOX or name.startswith("d")}
+        failing = [check for check in judge_case(prepared, target, outputs).checks if not check.ok]
+        assert failing == [], (prepared.name, failing[0])
+
+
+@pytest.mark.parametrize("dialect", NOT_JUDGED)
+def test_target__says_what_it_cannot_judge(dialect: str) -> None:
+    """A record that is beyond this version is refused in one line, not judged halfway."""
+    with pytest.raises(InputError, match=dialect):
+        check_target(_target(dialect, "float32"))
+
+
+@pytest.mark.parametrize("name", ["float32", "float16"])
+def test_round_to__equals_numpy(name: str) -> None:
+    """Class E: every rounding of float64 bit patterns equals NumPy's own, overflow, subnormals and signs of zero included."""
+    bits = np.random.Philox(key=7).random_raw(200_000).view(np.float64)
+    halves = np.array([65520.0, 65519.99, 3.4028235677973366e38, -0.0, 0.0, 2.0**-150, 3 * 2.0**-150, 2.0**-25, np.inf, -np.inf, np.nan])
+    with np.errstate(all="ignore"):
+        x = np.concatenate([bits, bits * 2.0**-900, halves])
+        expected = x.astype(name).astype(np.float64)
+        found = round_to(x, FORMATS[name])
+    assert np.array_equal(found, expected, equal_nan=True)
+    assert np.array_equal(np.signbit(found), np.signbit(expected))
+
+
+def test_round_to__bfloat16_by_hand() -> None:
+    """Ties go to even, carries cross binades, and no value is rounded twice on the way."""
+    x = np.array([257.0, 259.0, 255.5, 1.0 + 2.0**-8, 1.0 + 2.0**-8 + 2.0**-40, 3.4e38, 3.3961e38])
+    assert round_to(x, FORMATS["bfloat16"]).tolist() == [256.0, 260.0, 256.0, 1.0, 1.0 + 2.0**-7, np.inf, 255 * 2.0**120 * 1.0]
+    assert is_stored(np.array([257.0, 256.0]), FORMATS["bfloat16"]).tolist() == [False, True]
+    assert spacing(np.array([256.0, 0.0]), FORMATS["bfloat16"]).tolist() == [2.0, 2.0**-133]
+
+
+def test_tubes__cover_every_order_of_a_sum() -> None:
+    """Sequential, reversed, pairwise and NumPy's own order in float32, with and without a rounded product, lie inside; a wrong term does not."""
+    arithmetic = tubes.arithmetic_of(load_profile("float32"))
+    draws = np.random.Generator(np.random.Philox(key=3)).standard_normal((2, 40, 96)).astype(np.float32)
+    a, b = draws
+    tube = tubes.contract("nk,nk->n", tubes.exact(a), tubes.exact(b), arithmetic, 96)
+    products = a * b
+    sequential, backwards = np.zeros(40, np.float32), np.zeros(40, np.float32)
+    for k in range(96):
+        sequential, backwards = sequential + products[:, k], backwards + products[:, 95 - k]
+    tree = products
+    while tree.shape[1] > 1:
+        tree = np.concatenate([tree[:, 0:-1:2] + tree[:, 1::2], tree[:, -1:] if tree.shape[1] % 2 else tree[:, :0]], axis=1)
+    for found in (sequential, backwards, tree[:, 0], products.sum(axis=1)):
+        assert (tubes.ratio(found, tube) <= 1.0).all()
+    assert (tubes.ratio(sequential - products[:, 7], tube) > 1.0).all()
+
+
+def test_ratio__compares_what_is_not_a_number() -> None:
+    """NaN and infinity are compared, never skipped."""
+    tube = tubes.Tube(np.array([1.0, np.nan, np.inf, 1.0]), np.array([0.5, 0.5, 0.5, 0.0]))
+    assert tubes.ratio(np.array([np.nan, np.nan, np.inf, 1.0]), tube).tolist() == [np.inf, 0.0, 0.0, 0.0]
+    assert tubes.ratio(np.array([np.inf, 1.0, -np.inf, 1.5]), tube).tolist() == [np.inf] * 4
