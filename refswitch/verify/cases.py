@@ -312,13 +312,13 @@ def make_case(recipe: Recipe, target: Target, seed: int) -> Case:
         x_GSD = np.where(valid_GS[..., None], x_GSD, 0.0 if dialect.pad.detect == "zero_row" and dialect.pad.zero_input is not True else fill)
     arrays["x"] = stored(x_GSD, storage.x)
     if recipe.noise or (dialect.noise.when == "always" and "noise" in target.features and dialect.noise.kind != "none"):
-        arrays["noise"] = _noise(recipe, target, seed).astype(wide)
+        arrays["noise"] = stored(_noise(recipe, target, seed), storage.x)
     if dialect.select.rule in ("sample", "second_place"):
-        arrays["select_noise"] = _select_noise(recipe, arrays, target, seed).astype(wide)
+        arrays["select_noise"] = stored(_select_noise(recipe, arrays, target, seed), storage.x)
     if dialect.priority == "random":
         arrays["priority"] = np.argsort(uniform(seed, name, "priority", (G, S)), axis=-1, kind="stable").astype(np.int64)
     if recipe.mask:
-        arrays["hidden_mask"] = ((uniform(seed, name, "hidden_mask", (G, S, F)) >= 0.25) * (4.0 / 3.0)).astype(wide)
+        arrays["hidden_mask"] = stored((uniform(seed, name, "hidden_mask", (G, S, F)) >= 0.25) * (4.0 / 3.0), storage.x)
     if "backward" in target.features:
         arrays["dout"] = stored(recipe.out_scale * bell(seed, name, "dout", (G, S, D)), storage.x)
         if "aux_loss" in target.features and dialect.aux.available:

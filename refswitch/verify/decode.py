@@ -72,37 +72,47 @@ def guess_choices(
 ) -> Guess:
     """Return the choices of an implementation that does not export them, decoded from its output.
 
-    Each uncertain token takes the admissible expert whose tube its output lies in. Where that leaves several (dropped tokens look alike)
-    the combinations are tried; the first that explains who was dropped is taken.
+    For each admissible expert of a token its output is compared with what the token would output if kept and if dropped. The combinations
+    of what is possible are tried; the first under which everybody who is served looks kept and everybody else looks dropped is taken.
     """
-    admissible = admissible_choices(layer, scores, logits).admissible_GSE
+    admissible_GSE = admissible_choices(layer, scores, logits).admissible_GSE
+    E = admissible_GSE.shape[-1]
+    counts_GS = admissible_GSE.sum(axis=-1)
     out = np.asarray(outputs["out"], np.float64)
-    options: list[list[int]] = []
+    nobody_GS = np.zeros_like(layer.claims_GS)
+    looks_kept_GSE, looks_dropped_GSE = np.zeros_like(admissible_GSE), np.zeros_like(admissible_GSE)
+    for rank in range(int(counts_GS[uncertain_GS].max())):
+        ranked_GS = np.argsort(~admissible_GSE, axis=-1, kind="stable")[..., rank]
+        trial_GS = np.where(uncertain_GS & (counts_GS > rank), ranked_GS, expert_GS)
+        served = _everyone_served(layer, trial_GS, scores)
+        for looks_GSE, kept_GS in ((looks_kept_GSE, served.kept_GS), (looks_dropped_GSE, nobody_GS)):
+            path = follow(layer, served._replace(kept_GS=kept_GS), probs, logits, x_expert, {})
+            fits_GS = np.all(tubes.ratio(out, path.out_GSD) <= 1.0, axis=-1)
+            np.put_along_axis(looks_GSE, trial_GS[..., None], fits_GS[..., None], axis=-1)
+    possible_GSE = admissible_GSE & (looks_kept_GSE | looks_dropped_GSE)
+    options_GSE = np.where(uncertain_GS[..., None], np.where(possible_GSE.any(-1, keepdims=True), possible_GSE, admissible_GSE), False)
     tokens = np.argwhere(uncertain_GS)
-    unlimited = layer._replace(case=Case({**layer.case.scalars, "capacity": layer.case.sizes["S"] + 1}, layer.case.arrays))
-    most = int(admissible[uncertain_GS].sum(axis=-1).max())
-    fits_by_rank = []
-    for rank in range(most):
-        ranked = np.argsort(~admissible, axis=-1, kind="stable")[..., rank]
-        trial_GS = np.where(uncertain_GS & (admissible.sum(axis=-1) > rank), ranked, expert_GS)
-        route = expected_route(unlimited, trial_GS, np.zeros(trial_GS.shape), scores.value)
-        path = follow(unlimited, route, probs, logits, x_expert, {})
-        fits_by_rank.append((trial_GS, np.all(tubes.ratio(out, path.out_GSD) <= 1.0, axis=-1)))
-    for g, s in tokens:
-        fitting = [int(trial_GS[g, s]) for trial_GS, fits_GS in fits_by_rank if fits_GS[g, s] and admissible[g, s, trial_GS[g, s]]]
-        options.append(sorted(set(fitting)) or [int(e) for e in np.flatnonzero(admissible[g, s])])
-    nonzero_GS = (out != 0.0).any(axis=-1)
+    options = [np.flatnonzero(options_GSE[g, s]).tolist() for g, s in tokens]
+    options_GSE = options_GSE | (~uncertain_GS[..., None] & (expert_GS[..., None] == np.arange(E)))
+    looked_at = ~layer.sits_out_GS
     guess_GS = expert_GS.copy()
-    options_GSE = expert_GS[..., None] == np.arange(admissible.shape[-1])
-    for (g, s), option in zip(tokens, options, strict=True):
-        options_GSE[g, s] = np.isin(np.arange(admissible.shape[-1]), option)
     for combination in itertools.islice(itertools.product(*options), MAX_BRANCHES):
         guess_GS[tuple(tokens.T)] = combination
         gate = stages.gate_stage(layer, probs, logits, guess_GS)
-        if (expected_route(layer, guess_GS, gate.value, scores.value).kept_GS == nonzero_GS)[~layer.sits_out_GS].all():
+        kept_GS = expected_route(layer, guess_GS, gate.value, scores.value).kept_GS
+        looks_GS = np.where(
+            kept_GS, *(np.take_along_axis(looks, guess_GS[..., None], axis=-1)[..., 0] for looks in (looks_kept_GSE, looks_dropped_GSE))
+        )
+        if looks_GS[looked_at].all():
             return Guess(guess_GS, options_GSE, True)
     guess_GS[tuple(tokens.T)] = [option[0] for option in options]
     return Guess(guess_GS, options_GSE, math.prod(len(option) for option in options) <= MAX_BRANCHES)
+
+
+def _everyone_served(layer: Layer, expert_GS: np.ndarray, scores: Tube) -> Route:
+    """Return the route with a slot for every claim."""
+    unlimited = layer._replace(case=Case({**layer.case.scalars, "capacity": layer.case.sizes["S"] + 1}, layer.case.arrays))
+    return expected_route(unlimited, expert_GS, np.zeros(expert_GS.shape), scores.value)
 
 
 def survivors_from_output(layer: Layer, route: Route, probs: Tube, logits: Tube, x_expert: Tube, outputs: Outputs) -> Route:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refswitch.numbers.precision import FORMATS
 from refswitch.reference.capacity import Route
 from refswitch.reference.losses import rows_of_mean
 from refswitch.reference.switch import leaks
@@ -99,6 +98,7 @@ def _experts_backward(layer: Layer, dexpert_out_GECD: Tube, forward: Forward) ->
 def _softmax_backward(layer: Layer, dprobs_GSE: Tube, probs_GSE: Tube) -> Tube:
     """Return p * (dp - sum_e p dp), whichever of its algebraic forms was evaluated. Spec: S-BACK-2, numbers."""
     router, E = layer.router, probs_GSE.value.shape[-1]
+    dprobs_GSE = tubes.may_store(dprobs_GSE, layer.points.probs)
     mean_GS = tubes.total(tubes.multiply(probs_GSE, dprobs_GSE, router), -1, router, E)
     centred = tubes.add(dprobs_GSE, Tube(-mean_GS.value[..., None], mean_GS.radius[..., None]), router)
     dlogits = tubes.multiply(probs_GSE, centred, router)
@@ -131,7 +131,7 @@ def _dlogits_of_gate(layer: Layer, dgate_GS: Tube, forward: Forward) -> Tube | N
         return Tube(tube.value[..., None] * chosen_GSE, tube.radius[..., None] * chosen_GSE)
 
     if value == "sigmoid":
-        gate = forward.gate_GS
+        gate = tubes.may_store(forward.gate_GS, layer.points.gate)  # the sigmoid before it was stored, or after
         slope_GS = tubes.multiply(gate, tubes.add(exact(np.ones_like(gate.value)), Tube(-gate.value, gate.radius), router), router)
         return placed(tubes.multiply(dgate_GS, slope_GS, router))
     if value == "ratio_st":
@@ -161,10 +161,9 @@ def _dlogits(layer: Layer, dgate_GS: Tube, daux: float, dz: float, forward: Forw
     if cap:
         # The slope of cap * tanh(raw / cap) moves by at most 0.77 / cap per unit of raw.
         slope = 1.0 - np.tanh(forward.raw_GSE.value / cap) ** 2
-        evaluation = (4.0 * router.functions.tanh_ulp + 4.0) * router.unit + 8.0 * tubes.OWN_UNIT
+        evaluation = (4.0 * router.functions.tanh_ulp + 4.0) * router.element_unit + 8.0 * tubes.OWN_UNIT
         parts = [tubes.multiply(part, Tube(slope, 0.77 / cap * forward.raw_GSE.radius + evaluation), router) for part in parts]
-    narrow = layer.points.router.precision < FORMATS["float32"].precision
-    return [tubes.may_store(part, layer.points.router) for part in parts] if narrow else parts
+    return [tubes.may_store(part, layer.points.logits) for part in parts]
 
 
 def gradient_tubes(layer: Layer, forward: Forward) -> dict[str, Tube]:
@@ -206,9 +205,10 @@ def gradient_tubes(layer: Layer, forward: Forward) -> dict[str, Tube]:
     dgate = _sum_of(dgates, experts, layer)
     parts = _dlogits(layer, dgate, float(case.get("daux", 0.0)), float(case.get("dz", 0.0)), forward) or [exact(np.zeros((G, S, E)))]
     w_router = exact(layer.params.w_router_DE)
-    found["w_router"] = _sum_of([tubes.contract("gsd,gse->de", forward.x_router_GSD, part, router, G * S) for part in parts], router, layer)
-    found["b_router"] = _sum_of([tubes.total(part, (0, 1), router, G * S) for part in parts], router, layer)
-    dx_router = _sum_of([tubes.contract("gse,de->gsd", part, w_router, router, E) for part in parts], router, layer)
+    terms = len(parts)  # one accumulator may take all parts
+    found["w_router"] = _sum_of([tubes.contract("gsd,gse->de", forward.x_router_GSD, part, router, G * S * terms) for part in parts], router, layer)
+    found["b_router"] = _sum_of([tubes.total(part, (0, 1), router, G * S * terms) for part in parts], router, layer)
+    dx_router = _sum_of([tubes.contract("gse,de->gsd", part, w_router, router, E * terms) for part in parts], router, layer)
     found["x"] = _dx(layer, dx_parts, dx_router)
     if case.get("b_out") is not None and case.b_out.ndim == 1:
         found["b_out"] = tubes.total(dout, (0, 1), experts, G * S)

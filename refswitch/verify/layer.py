@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refswitch.config import RoundingPoints, rounding_points, router_format
+from refswitch.numbers.precision import Format
 from refswitch.reference.capacity import Route
 from refswitch.reference.losses import counted_fraction, rows_of_mean
 from refswitch.reference.pack import pack, slots_in_use, unpack
@@ -91,16 +92,16 @@ def noise_stage(layer: Layer) -> tuple[Tube, Tube]:
 def logits_stage(layer: Layer, x_router_GSD: Tube) -> tuple[Tube, Tube]:
     """Return the logits that the gate reads, and the same before the cap. Spec: S-ROUTE-1."""
     D = layer.x_GSD.shape[-1]
-    raw = tubes.contract("gsd,de->gse", x_router_GSD, exact(layer.params.w_router_DE), layer.router, D)
-    terms, _ = noise_terms(layer.inputs, layer.target.dialect)
-    for term in (layer.params.b_router_E, terms):
-        if term.any():
-            raw = tubes.add(raw, exact(term), layer.router)
+    noise_GSE, _ = noise_terms(layer.inputs, layer.target.dialect)
+    plus = [exact(term) for term in (layer.params.b_router_E, noise_GSE) if term.any()]
+    raw = tubes.contract("gsd,de->gse", x_router_GSD, exact(layer.params.w_router_DE), layer.router, D, plus)
+    if plus:
+        raw = _may_store_before(raw, plus, layer.points.logits)
     cap = layer.target.dialect.router.logit_cap
     if not cap:
         return tubes.store(raw, layer.points.logits), raw
     value = cap * np.tanh(raw.value / cap)
-    evaluation = (2.0 * layer.router.functions.tanh_ulp + 4.0) * layer.router.unit * np.abs(value)
+    evaluation = ((2.0 * layer.router.functions.tanh_ulp + 4.0) * layer.router.element_unit + 8.0 * tubes.OWN_UNIT) * np.abs(value)
     return tubes.store(Tube(value, (raw.radius + evaluation) * tubes.RADIUS_SLACK), layer.points.logits), raw
 
 
@@ -145,6 +146,14 @@ def unpack_tube(tube: Tube, route: Route) -> Tube:
     return Tube(unpack(tube.value, route), unpack(tube.radius, route))
 
 
+def _may_store_before(total: Tube, plus: list[Tube], format: Format) -> Tube:
+    """Allow that the sum was stored once before its further terms were added."""
+    for term in plus:
+        before = np.abs(total.value) + total.radius + np.abs(term.value)
+        total = Tube(total.value, total.radius + tubes.may_store(Tube(before, np.zeros_like(before)), format).radius)
+    return total
+
+
 def hidden_stage(layer: Layer, x_expert_GSD: Tube, gate_GS: Tube, route: Route) -> Expertise:
     """Return the hidden activation of every slot in use. Spec: S-PACK-1, S-EXPERT-1."""
     E, D, _ = layer.params.experts.w_in_EDF.shape
@@ -156,16 +165,15 @@ def hidden_stage(layer: Layer, x_expert_GSD: Tube, gate_GS: Tube, route: Route) 
     x = pack_tube(x_expert_GSD, route, E)
 
     def branch(w_EDF: np.ndarray, b_EF: np.ndarray) -> Tube:
-        z = tubes.contract("gecd,edf->gecf", x, exact(w_EDF), arithmetic, D)
-        if b_EF.any():
-            z = tubes.add(z, exact(b_EF[:, None]), arithmetic)
-        return tubes.store(z, layer.points.z)
+        plus = [exact(b_EF[:, None])] if b_EF.any() else []
+        z = tubes.contract("gecd,edf->gecf", x, exact(w_EDF), arithmetic, D, plus)
+        return tubes.store(_may_store_before(z, plus, layer.points.z), layer.points.z)
 
     z_in = branch(weights.w_in_EDF, weights.b_in_EF)
     z_act, z_linear = (z_in, None) if weights.w_gate_EDF is None else (branch(weights.w_gate_EDF, weights.b_gate_EF), z_in)
     hidden = tubes.activate(z_act, activation, arithmetic)
     if z_linear is not None:
-        hidden = tubes.multiply(hidden, z_linear, arithmetic)
+        hidden = tubes.multiply(tubes.may_store(hidden, layer.points.z), z_linear, arithmetic)
     on_hidden = gate_GS1 if layer.gate_site == "hidden" else exact(np.ones_like(gate_GS1.value))
     bias_scale = pack_tube(on_hidden, route, E)
     factor = exact(layer.inputs.hidden_mask_GSF)
@@ -183,15 +191,12 @@ def expert_out_stage(layer: Layer, expertise: Expertise, route: Route) -> Tube:
     """Return the chosen expert's output per token, zero for a token without a slot. Spec: S-EXPERT-2."""
     weights = layer.params.experts
     F = weights.w_out_EFD.shape[1]
-    out = tubes.contract("gecf,efd->gecd", expertise.hidden_GECF, exact(weights.w_out_EFD), layer.experts, F)
+    plus = []
     if weights.b_out_ED.any():
         scale = Tube(expertise.bias_scale_GEC.value[..., None], expertise.bias_scale_GEC.radius[..., None])
-        bias = (
-            tubes.multiply(scale, exact(weights.b_out_ED[:, None]), layer.experts)
-            if scale.radius.any()
-            else exact(scale.value * weights.b_out_ED[:, None])
-        )
-        out = tubes.add(out, bias, layer.experts)
+        plus = [tubes.multiply(scale, exact(weights.b_out_ED[:, None]), layer.experts)]
+    out = tubes.contract("gecf,efd->gecd", expertise.hidden_GECF, exact(weights.w_out_EFD), layer.experts, F, plus)
+    out = _may_store_before(out, plus, layer.points.expert_out)
     return unpack_tube(tubes.store(out, layer.points.expert_out), route)
 
 
@@ -208,7 +213,8 @@ def out_stage(layer: Layer, expert_out_GSD: Tube, gate_GS: Tube, x_expert_GSD: T
     }[layer.target.dialect.drop.output]
     out = tubes.where(route.kept_GS[..., None], weighed, dropped)
     if layer.params.b_shared_D.any():
-        out = tubes.add(out, exact(layer.params.b_shared_D), layer.experts)
+        shared = exact(np.broadcast_to(layer.params.b_shared_D, out.value.shape))
+        out = _may_store_before(tubes.add(out, shared, layer.experts), [shared], layer.points.out)
     return tubes.where(layer.sits_out_GS[..., None], exact(np.zeros_like(out.value)), tubes.store(out, layer.points.out))
 
 
@@ -240,10 +246,12 @@ def aux_stage(layer: Layer, probs_GSE: Tube, count_GE: Tube, route: Route) -> Tu
     masked = Tube(probs_GSE.value * in_mean_GS1, probs_GSE.radius * in_mean_GS1)
     P_GE = tubes.scale(tubes.total(masked, 1, arithmetic, S), inverse_G1, arithmetic)
     f_GE = tubes.scale(count_GE, inverse_G1, arithmetic)
+    if aux.dtype == "compute":
+        P_GE, f_GE = tubes.may_store(P_GE, layer.points.x), tubes.may_store(f_GE, layer.points.x)
     factor_GE = np.broadcast_to((group_scale_G * {"E": E, "local_E": E, "none": 1.0, "inverse_E": 1.0 / E}[aux.scale_E])[:, None], (G, E))
     terms = tubes.scale(tubes.multiply(f_GE, P_GE, arithmetic), factor_GE, arithmetic)
     value = tubes.scale(tubes.total(terms, (0, 1), arithmetic, G * E), 1.0 / max(G, 1), arithmetic)
-    return tubes.store(value, layer.points.x) if aux.dtype == "compute" else value
+    return tubes.store(value, layer.points.x) if aux.dtype == "compute" else tubes.may_store(value, layer.points.router)
 
 
 def z_stage(layer: Layer, logits_GSE: Tube) -> tuple[Tube, Tube, np.ndarray]:
@@ -256,4 +264,5 @@ def z_stage(layer: Layer, logits_GSE: Tube) -> tuple[Tube, Tube, np.ndarray]:
     denominator = valid_GS.sum() if z.denom == "valid" else valid_GS.size
     weight_GS = counted_GS * (1.0 / denominator if denominator else 0.0)
     square_GS = tubes.scale(tubes.multiply(lse_GS, lse_GS, layer.router), weight_GS, layer.router)
-    return tubes.total(square_GS, (0, 1), layer.router, valid_GS.size), lse_GS, weight_GS * ~zeroed_GS
+    value = tubes.may_store(tubes.total(square_GS, (0, 1), layer.router, valid_GS.size), layer.points.router)
+    return value, lse_GS, weight_GS * ~zeroed_GS

@@ -40,7 +40,8 @@ def admissible_choices(layer: Layer, scores_GSE: Tube, logits_GSE: Tube) -> Choi
         return Choices(scores_GSE.value == scores_GSE.value.max(axis=-1, keepdims=True), centre_GS)
     highest_low_GS1 = (scores_GSE.value - scores_GSE.radius).max(axis=-1, keepdims=True)
     admissible_GSE = scores_GSE.value + scores_GSE.radius >= highest_low_GS1
-    if lowest_tie and not logits_GSE.radius.any() and layer.target.dialect.select.rule != "sample":
+    reads_the_gates_logits = layer.target.dialect.select.rule != "sample" and layer.target.dialect.noise.gate_from != "clean"
+    if lowest_tie and not logits_GSE.radius.any() and reads_the_gates_logits:
         equal_GSE = logits_GSE.value == logits_GSE.value.max(axis=-1, keepdims=True)
         first_GS1 = np.argmax(equal_GSE, axis=-1)[..., None]
         admissible_GSE = admissible_GSE & ~(equal_GSE & (np.arange(E) > first_GS1))

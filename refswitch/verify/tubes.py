@@ -10,6 +10,7 @@ Spec: numbers (the derivations). Source: Higham, Accuracy and Stability of Numer
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +41,8 @@ class Tube(NamedTuple):
 class Arithmetic(NamedTuple):
     """How one place of the layer rounds."""
 
-    unit: float  # largest relative error of one operation; 0 where only the stored result is rounded
+    unit: float  # largest relative error of one addition of a sum; 0 where only the stored result is rounded
+    element_unit: float  # of one elementwise operation: truncation is a manner of accumulators alone
     input_unit: float  # relative error of each operand of a product before it is multiplied
     tiny: float  # absolute error of one operation by underflow, flush to zero allowed
     block: int  # terms that are summed in one rounding; 1 for any order
@@ -54,12 +56,12 @@ def arithmetic_of(profile: Profile, format: Format | None = None) -> Arithmetic:
     """
     accumulate, products = profile.accumulate, profile.products
     if accumulate.format == "exact":
-        return Arithmetic(0.0, 0.0, 0.0, 1, profile.functions)
+        return Arithmetic(0.0, 0.0, 0.0, 0.0, 1, profile.functions)
     wide = max((FORMATS[accumulate.format], format or FORMATS[accumulate.format]), key=lambda candidate: candidate.precision)
     unit = wide.unit * (2.0 if accumulate.rounding == "truncate" else 1.0)
     input_unit = 0.0 if products.input == "stored" else FORMATS[products.input].unit * (2.0 if products.rounding == "truncate" else 1.0)
     block = accumulate.block if accumulate.order == "blocked" else 1
-    return Arithmetic(unit, input_unit, wide.smallest_normal, block, profile.functions)
+    return Arithmetic(unit, wide.unit, input_unit, wide.smallest_normal, block, profile.functions)
 
 
 def gamma(n: np.ndarray | float, unit: float) -> np.ndarray:
@@ -90,18 +92,19 @@ def _up(radius: np.ndarray) -> np.ndarray:
     return radius * RADIUS_SLACK
 
 
-def _is_exact(a: Tube, b: Tube, magnitude: np.ndarray, arithmetic: Arithmetic) -> bool:
+def _is_exact(parts: Sequence[Tube], magnitude: np.ndarray, arithmetic: Arithmetic) -> bool:
     """Whether every partial sum, in any order, is an integer that the accumulator holds: then no rounding happens at all."""
-    if a.radius.any() or b.radius.any() or arithmetic.unit == 0.0:
+    if arithmetic.unit == 0.0 or any(part.radius.any() or not (np.rint(part.value) == part.value).all() for part in parts):
         return False
-    if not ((np.rint(a.value) == a.value).all() and (np.rint(b.value) == b.value).all()):
-        return False
-    widest = max(np.max(np.abs(a.value), initial=0.0), np.max(np.abs(b.value), initial=0.0))
+    widest = max(np.max(np.abs(part.value), initial=0.0) for part in parts)
     return bool(np.max(magnitude, initial=0.0) * arithmetic.unit <= 1.0 and widest * arithmetic.input_unit <= 0.5)
 
 
-def contract(subscripts: str, a: Tube, b: Tube, arithmetic: Arithmetic, terms: np.ndarray | float) -> Tube:
-    """Return einsum(subscripts, a, b), a sum of `terms` products per element (a number, or an array that broadcasts to the result)."""
+def contract(subscripts: str, a: Tube, b: Tube, arithmetic: Arithmetic, terms: np.ndarray | float, plus: Sequence[Tube] = ()) -> Tube:
+    """Return einsum(subscripts, a, b) plus further terms, a sum of `terms` products per element (a number, or an array that broadcasts).
+
+    Spec: numbers. A term of `plus` (a bias) may come first, last or anywhere: an accumulator may start from it.
+    """
 
     def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         return np.einsum(subscripts, left, right, optimize=True)
@@ -113,18 +116,28 @@ def contract(subscripts: str, a: Tube, b: Tube, arithmetic: Arithmetic, terms: n
         carried = carried + product(a.radius, b_abs + b.radius)
     if b.radius.any():
         carried = carried + product(a_abs, b.radius)
-    magnitude = product(a_abs, b_abs) + carried
-    if _is_exact(a, b, magnitude, arithmetic):
+    for term in plus:
+        value, carried = value + term.value, carried + term.radius
+    magnitude = product(a_abs, b_abs) + carried + sum(np.abs(term.value) for term in plus)
+    if _is_exact([a, b, *plus], magnitude, arithmetic):
         return exact(value)
-    return Tube(value, _up(carried + kappa(terms, arithmetic) * magnitude + np.asarray(terms) * arithmetic.tiny))
+    count = np.asarray(terms) + len(plus)
+    with np.errstate(invalid="ignore"):
+        rounding = np.where(magnitude > 0.0, kappa(count, arithmetic) * magnitude, 0.0)  # 0 * inf where the bound is vacuous
+    return Tube(value, _up(carried + rounding + count * arithmetic.tiny))
 
 
 def multiply(a: Tube, b: Tube, arithmetic: Arithmetic) -> Tube:
-    """Return a * b with one rounding; a factor that is exactly a power of two makes none."""
+    """Return a * b with one rounding; a factor that is exactly a power of two makes none.
+
+    Where operands of products are rounded first, these are too: a combine may be done as a one-hot product.
+    """
     a_abs, b_abs = np.abs(a.value), np.abs(b.value)
     carried = a.radius * (b_abs + b.radius) + a_abs * b.radius
-    rounding = (arithmetic.unit + OWN_UNIT) * (a_abs * b_abs + carried) + arithmetic.tiny
-    return Tube(a.value * b.value, _up(carried + np.where(_is_power_of_two(a) | _is_power_of_two(b), 0.0, rounding)))
+    relative = arithmetic.element_unit + OWN_UNIT + 2.0 * arithmetic.input_unit + arithmetic.input_unit**2
+    rounding = relative * (a_abs * b_abs + carried) + arithmetic.tiny
+    is_free = (_is_power_of_two(a) | _is_power_of_two(b)) & (arithmetic.input_unit == 0.0)
+    return Tube(a.value * b.value, _up(carried + np.where(is_free, 0.0, rounding)))
 
 
 def _is_power_of_two(a: Tube) -> np.ndarray:
@@ -135,14 +148,14 @@ def _is_power_of_two(a: Tube) -> np.ndarray:
 def add(a: Tube, b: Tube, arithmetic: Arithmetic) -> Tube:
     """Return a + b with one rounding."""
     value, carried = a.value + b.value, a.radius + b.radius
-    return Tube(value, _up(carried + (arithmetic.unit + OWN_UNIT) * (np.abs(value) + carried)))
+    return Tube(value, _up(carried + (arithmetic.element_unit + OWN_UNIT) * (np.abs(value) + carried) + arithmetic.tiny))
 
 
 def scale(a: Tube, factor: np.ndarray | float, arithmetic: Arithmetic) -> Tube:
     """Return a * factor for a factor that is computed with one rounding of its own."""
     value = a.value * factor
     carried = a.radius * np.abs(factor)
-    return Tube(value, _up(carried + (3.0 * arithmetic.unit + 3.0 * OWN_UNIT) * (np.abs(value) + carried)))
+    return Tube(value, _up(carried + 3.0 * (arithmetic.element_unit + OWN_UNIT) * (np.abs(value) + carried) + arithmetic.tiny))
 
 
 def total(a: Tube, axis: int | tuple[int, ...], arithmetic: Arithmetic, terms: np.ndarray | float) -> Tube:
@@ -150,7 +163,10 @@ def total(a: Tube, axis: int | tuple[int, ...], arithmetic: Arithmetic, terms: n
     value, carried = a.value.sum(axis=axis), a.radius.sum(axis=axis)
     magnitude = np.abs(a.value).sum(axis=axis) + carried
     n = np.maximum(np.asarray(terms, np.float64) - 1.0, 0.0)
-    return Tube(value, _up(carried + (gamma(n, arithmetic.unit) + gamma(n + 1.0, OWN_UNIT)) * magnitude))
+    relative = gamma(n, arithmetic.unit) + gamma(n + 1.0, OWN_UNIT) + arithmetic.input_unit  # a sum may be a product with ones
+    with np.errstate(invalid="ignore"):
+        rounding = np.where(magnitude > 0.0, relative * magnitude, 0.0)
+    return Tube(value, _up(carried + rounding + n * arithmetic.tiny))
 
 
 def where(mask: np.ndarray, a: Tube, b: Tube) -> Tube:
@@ -171,14 +187,17 @@ def hull(low: np.ndarray, high: np.ndarray) -> Tube:
 def store(a: Tube, format: Format) -> Tube:
     """Round to a storage format: rounding is monotone, so the interval's ends round to the ends of what may be stored.
 
-    Spec: numbers. Below the normal range a value may also be flushed to zero. Nothing is added for float64: its rounding is the last
-    of the operation before.
+    Spec: numbers. Below the normal range of the formats with float32's exponents a value may also be flushed to zero. Nothing is added
+    for float64: its rounding is the last of the operation before.
     """
     if format.precision == FORMATS["float64"].precision:
         return a
-    low, high = round_to(a.value - a.radius, format), round_to(a.value + a.radius, format)
-    low = np.where(np.abs(low) < format.smallest_normal, np.minimum(low, 0.0), low)
-    high = np.where(np.abs(high) < format.smallest_normal, np.maximum(high, 0.0), high)
+    is_wide = a.radius > 0.0  # the ends are computed in float64: one step outward covers that rounding
+    low = round_to(np.where(is_wide, np.nextafter(a.value - a.radius, -np.inf), a.value), format)
+    high = round_to(np.where(is_wide, np.nextafter(a.value + a.radius, np.inf), a.value), format)
+    if format.e_min == FORMATS["float32"].e_min:
+        low = np.where(np.abs(low) < format.smallest_normal, np.minimum(low, 0.0), low)
+        high = np.where(np.abs(high) < format.smallest_normal, np.maximum(high, 0.0), high)
     return hull(low, high)
 
 
@@ -194,8 +213,9 @@ def may_store(tube: Tube, format: Format) -> Tube:
 def softmax(logits: Tube, arithmetic: Arithmetic) -> Tube:
     """Return the softmax over the last axis: the exact image of the box of logits, widened by the error of evaluating it.
 
-    Spec: S-ROUTE-2, numbers. p_e is largest where l_e is highest and all others lowest, so the image is sharp. The evaluation with the
-    maximum subtracted has relative error 2 u R + 2 eps_exp + gamma_E + 2 u, R the largest distance from the maximum.
+    Spec: S-ROUTE-2, numbers. p_e is largest where l_e is highest and all others lowest, so the image is sharp. Evaluating it with the
+    maximum subtracted makes, with D_j the distance of l_j from the maximum, a relative error of 3 u D_e in the numerator (the subtraction,
+    and a change of base), 3 u sum_j p_j D_j in the denominator, the error of exp in both, the sum and the division.
     """
     E = logits.value.shape[-1]
     if E == 1:
@@ -204,14 +224,20 @@ def softmax(logits: Tube, arithmetic: Arithmetic) -> Tube:
     parts = [_softmax_box(flat[i : i + step], radius[i : i + step]) for step in (max(1, CHUNK // (E * E)),) for i in range(0, len(flat), step)]
     shape = logits.value.shape
     value, low, high = (np.concatenate(column).reshape(shape) for column in zip(*parts, strict=True)) if parts else (logits.value,) * 3
-    spread = (logits.value + logits.radius).max(axis=-1, keepdims=True) - (logits.value - logits.radius) if logits.value.size else value
-    spread = np.max(spread, axis=-1, keepdims=True, initial=0.0)
-    exp_error = 2.0 * arithmetic.functions.exp_ulp * arithmetic.unit
-    own = 2.0 * OWN_UNIT * (spread + E + 8.0)
-    rho = 2.0 * arithmetic.unit * spread + 2.0 * exp_error + gamma(E, arithmetic.unit) + 2.0 * arithmetic.unit + own
-    rho = np.where(rho < 0.5, rho, 0.5)
+    rho = _softmax_evaluation(logits, high, arithmetic)
     box = np.maximum(high - value, value - low)
-    return Tube(value, _up(box + (value + box) * rho / (1.0 - rho) + 2.0 * arithmetic.tiny))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(rho < 1.0, rho / (1.0 - rho), np.inf)
+    return Tube(value, _up(box + (value + box) * relative + 2.0 * arithmetic.tiny))
+
+
+def _softmax_evaluation(logits: Tube, p_high: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    """Return the relative error of evaluating each probability from stored logits."""
+    E, unit = logits.value.shape[-1], arithmetic.element_unit
+    distance = (logits.value + logits.radius).max(axis=-1, keepdims=True) - (logits.value - logits.radius)
+    shifts = distance + np.sum(np.minimum(p_high, 1.0) * distance, axis=-1, keepdims=True)
+    exp_error = 2.0 * arithmetic.functions.exp_ulp * unit
+    return 3.0 * (unit + OWN_UNIT) * shifts + 2.0 * exp_error + gamma(E, arithmetic.unit) + 2.0 * unit + OWN_UNIT * (E + 16.0)
 
 
 def _softmax_box(logits_TE: np.ndarray, radius_TE: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -234,11 +260,14 @@ def log_sum_exp(logits: Tube, arithmetic: Arithmetic) -> Tube:
     E = logits.value.shape[-1]
     high = logits.value.max(axis=-1, keepdims=True)
     value = (high + np.log(np.sum(np.exp(logits.value - high), axis=-1, keepdims=True)))[..., 0]
-    spread = np.max(high - logits.value, axis=-1)
-    functions = arithmetic.functions
-    relative = gamma(E, arithmetic.unit) + 2.0 * functions.exp_ulp * arithmetic.unit + arithmetic.unit * spread
-    own = OWN_UNIT * (E + 16.0 + spread + 4.0 * np.abs(value))
-    logarithm = (2.0 * functions.log_ulp + 2.0) * arithmetic.unit * (np.abs(value) + math.log(max(E, 2)))
+    distance = (logits.value + logits.radius).max(axis=-1, keepdims=True) - (logits.value - logits.radius)
+    with np.errstate(over="ignore"):
+        p_high = np.exp(np.minimum(logits.value + logits.radius - value[..., None] + logits.radius.max(axis=-1, keepdims=True), 0.0))
+    shift = np.sum(p_high * distance, axis=-1)
+    functions, unit = arithmetic.functions, arithmetic.element_unit
+    relative = gamma(E, arithmetic.unit) + 2.0 * functions.exp_ulp * unit + 3.0 * unit * shift
+    own = OWN_UNIT * (E + 16.0 + 3.0 * shift + 4.0 * np.abs(value))
+    logarithm = (2.0 * functions.log_ulp + 2.0) * unit * (np.abs(value) + math.log(max(E, 2)))
     return Tube(value, _up(logits.radius.max(axis=-1) + relative + logarithm + own))
 
 
@@ -253,7 +282,7 @@ def _tanh_argument(z: np.ndarray) -> np.ndarray:
 def sigmoid(z: Tube, arithmetic: Arithmetic) -> Tube:
     """Return 1 / (1 + exp(-z)), whose slope is at most 1/4."""
     value = _silu_sigmoid(z.value)
-    evaluation = ((2.0 * arithmetic.functions.exp_ulp + 3.0) * arithmetic.unit + 8.0 * OWN_UNIT) * value
+    evaluation = ((2.0 * arithmetic.functions.exp_ulp + 3.0) * arithmetic.element_unit + 8.0 * OWN_UNIT) * value
     return Tube(value, _up(0.25 * z.radius + evaluation + arithmetic.tiny))
 
 
@@ -263,7 +292,7 @@ def activate(z: Tube, activation: str, arithmetic: Arithmetic) -> Tube:
     Spec: S-EXPERT-1, numbers. ReLU is monotone, its image is exact. For the others |f(z + b) - f(z)| <= |f'| b + max|f''| b^2 / 2, and the
     evaluation error is absolute in |z| because 1 + erf and 1 + tanh cancel for negative z.
     """
-    v, r, u, functions = z.value, z.radius, arithmetic.unit, arithmetic.functions
+    v, r, u, functions = z.value, z.radius, arithmetic.element_unit, arithmetic.functions
     if activation == "relu":
         value = np.maximum(v, 0.0)
         return Tube(value, np.maximum(np.maximum(v + r, 0.0) - value, value - np.maximum(v - r, 0.0)))
@@ -281,7 +310,8 @@ def activate(z: Tube, activation: str, arithmetic: Arithmetic) -> Tube:
         value = v * _silu_sigmoid(v)
         evaluation = (u * (2.0 * functions.exp_ulp + 4.0) + 8.0 * OWN_UNIT) * (np.abs(value) + 1.1 * r)
         curvature = SILU_CURVATURE
-    return Tube(value, _up(slope * r + 0.5 * curvature * r**2 + evaluation + arithmetic.tiny))
+    # Underflow inside is multiplied by |z|: z / (1 + exp(-z)) is 0 where exp overflows.
+    return Tube(value, _up(slope * r + 0.5 * curvature * r**2 + evaluation + arithmetic.tiny * (1.0 + magnitude)))
 
 
 def _slope(v: np.ndarray, activation: str) -> np.ndarray:
@@ -299,7 +329,7 @@ def activation_slope(z: Tube, activation: str, arithmetic: Arithmetic) -> Tube:
 
     Spec: S-BACK-3, numbers. ReLU: 0 or 1 where the sign is certain, else anything in [0, 1], which is also the rule at z = 0.
     """
-    v, r, u, functions = z.value, z.radius, arithmetic.unit, arithmetic.functions
+    v, r, u, functions = z.value, z.radius, arithmetic.element_unit, arithmetic.functions
     if activation == "relu":
         return hull(np.where(v - r > 0.0, 1.0, 0.0), np.where(v + r < 0.0, 0.0, 1.0))
     magnitude = np.abs(v) + r
