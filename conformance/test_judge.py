@@ -94,3 +94,46 @@ def test_ratio__compares_what_is_not_a_number() -> None:
     tube = tubes.Tube(np.array([1.0, np.nan, np.inf, 1.0]), np.array([0.5, 0.5, 0.5, 0.0]))
     assert tubes.ratio(np.array([np.nan, np.nan, np.inf, 1.0]), tube).tolist() == [np.inf, 0.0, 0.0, 0.0]
     assert tubes.ratio(np.array([np.inf, 1.0, -np.inf, 1.5]), tube).tolist() == [np.inf] * 4
+
+
+def test_tubes__a_bias_may_start_the_accumulator() -> None:
+    """Products of integers are exact, but a sum that starts from a fraction rounds at every step."""
+    arithmetic = tubes.arithmetic_of(load_profile("float32"))
+    x, w = np.full((1, 50), 3.0, np.float32), np.full((50, 40), 5.0, np.float32)
+    bias = np.linspace(0.01, 0.99, 40).astype(np.float32)[None]
+    started = bias
+    for k in range(50):
+        started = started + x[:, k : k + 1] * w[k]
+    tube = tubes.contract("nk,km->nm", tubes.exact(x), tubes.exact(w), arithmetic, 50, [tubes.exact(bias.astype(np.float64))])
+    assert (started != x @ w + bias).any()
+    assert (tubes.ratio(started, tube) <= 1.0).all()
+    assert (tubes.contract("nk,km->nm", tubes.exact(x), tubes.exact(w), arithmetic, 50).radius == 0.0).all()
+
+
+def test_tubes__a_vacuous_bound_is_infinite() -> None:
+    """Where n u reaches 1 nothing is certain: an infinite radius, which accuses nobody, and exact zeros stay exact."""
+    arithmetic = tubes.arithmetic_of(load_profile({"base": "float32", "accumulate.format": "bfloat16"}))
+    a = np.stack([np.ones(300), np.zeros(300)])
+    tube = tubes.contract("nk,k->n", tubes.exact(a), tubes.exact(np.linspace(0.1, 1.3, 300)), arithmetic, 300)
+    assert np.isinf(tube.radius[0])
+    assert tubes.ratio(np.array([7.0, 0.0]), tube).tolist() == [0.0, 0.0]
+
+
+def test_tubes__silu_may_underflow() -> None:
+    """z / (1 + exp(-z)) is 0 in float32 from where exp overflows, though the exact value is not that small."""
+    z = np.array([-91.0, -89.0])
+    with np.errstate(over="ignore"):
+        found = z.astype(np.float32) / (1 + np.exp(-z.astype(np.float32)))
+    tube = tubes.activate(tubes.exact(z), "silu", tubes.arithmetic_of(load_profile("float32")))
+    assert (tubes.ratio(found, tube) <= 1.0).all()
+    assert (tubes.ratio(np.array([1e-6, 1e-6]), tube) > 1.0).all()
+
+
+def test_reference__clean_gate_and_noisy_choice() -> None:
+    """Equal logits whose noise differs are no tie: DeepSpeed's RSample chooses by the noisy ones and weighs by the clean ones."""
+    record = {"base": "deepspeed_top1", "noise.kind": "z_add_gumbel", "noise.gate_from": "clean", "noise.when": "always"}
+    target = Target(load_dialect(record), load_profile("float32"), frozenset(PLAYED), {})
+    points = rounding_points(target.dialect, target.profile)
+    for prepared in prepare(target, "quick", seed=5):
+        outputs = reference_outputs(prepared.case, target.dialect, points)
+        assert [check for check in judge_case(prepared, target, outputs).checks if not check.ok] == [], prepared.name

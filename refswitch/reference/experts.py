@@ -22,6 +22,10 @@ def _normal_cdf(z: np.ndarray) -> np.ndarray:
     return 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-z / math.sqrt(2.0))  # erfc: no cancellation in the left tail
 
 
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0.0, -z))  # 1 / (1 + exp(-z)) without its overflow
+
+
 def activate(z: np.ndarray, activation: str) -> np.ndarray:
     """Apply the activation: relu, gelu_erf, gelu_tanh or silu.
 
@@ -33,7 +37,7 @@ def activate(z: np.ndarray, activation: str) -> np.ndarray:
         return z * _normal_cdf(z)
     if activation == "gelu_tanh":
         return 0.5 * z * (1.0 + np.tanh(SQRT_2_OVER_PI * (z + GELU_CUBE * z**3)))
-    return z / (1.0 + np.exp(-z))
+    return z * _sigmoid(z)
 
 
 def activation_slope(z: np.ndarray, activation: str) -> np.ndarray:
@@ -48,8 +52,7 @@ def activation_slope(z: np.ndarray, activation: str) -> np.ndarray:
     if activation == "gelu_tanh":
         t = np.tanh(SQRT_2_OVER_PI * (z + GELU_CUBE * z**3))
         return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t**2) * SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBE * z**2)
-    sigmoid = 1.0 / (1.0 + np.exp(-z))
-    return sigmoid * (1.0 + z * (1.0 - sigmoid))
+    return _sigmoid(z) * (1.0 + z * (1.0 - _sigmoid(z)))
 
 
 class ExpertsParams(NamedTuple):

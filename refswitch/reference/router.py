@@ -132,7 +132,7 @@ def gate_forward(
     read_GSE = round_to(probs_GSE, points.choice)  # R4
     chosen_GS = _pick(read_GSE, expert_GS)  # F1
     if value == "sigmoid":
-        chosen_GS = 1.0 / (1.0 + np.exp(-_pick(logits_GSE, expert_GS)))
+        chosen_GS = np.exp(-np.logaddexp(0.0, -_pick(logits_GSE, expert_GS)))  # 1 / (1 + exp(-z)) without its overflow
     gate_GS = np.ones_like(chosen_GS) if value in ("one", "norm_topk", "ratio_st") else chosen_GS
     return round_to(gate_GS, points.gate), GateSaved(expert_GS, chosen_GS, probs_GSE.shape[-1])  # R5
 

@@ -135,6 +135,7 @@ RECIPES = (
     Recipe("ties-overflow", ties="exact", S=32, E=4, capacity=5),
     Recipe("near-ties", ties="near", S=34, E=4),
     Recipe("near-ties-small", ties="near", scale=0.03, S=35, E=4),
+    Recipe("near-ties-overflow", ties="near", S=8, E=4, capacity=2),
     Recipe("groups", G=3, S=16, needs=("groups",)),
     Recipe("groups-overflow", G=4, S=15, hot=1, capacity=3, needs=("groups",)),
     Recipe("pads-right", pads="right", needs=("padding",)),

@@ -18,7 +18,7 @@ from refswitch.verify import layer as stages
 from refswitch.verify import tubes
 from refswitch.verify.case import Case
 from refswitch.verify.layer import Layer
-from refswitch.verify.route import admissible_choices, expected_route
+from refswitch.verify.route import admissible_choices, expected_route, kept_is_forced
 from refswitch.verify.tubes import Tube, exact
 
 Outputs = dict[str, np.ndarray]
@@ -100,10 +100,11 @@ def guess_choices(
         guess_GS[tuple(tokens.T)] = combination
         gate = stages.gate_stage(layer, probs, logits, guess_GS)
         kept_GS = expected_route(layer, guess_GS, gate.value, scores.value).kept_GS
-        looks_GS = np.where(
-            kept_GS, *(np.take_along_axis(looks, guess_GS[..., None], axis=-1)[..., 0] for looks in (looks_kept_GSE, looks_dropped_GSE))
+        as_kept_GS, as_dropped_GS = (
+            np.take_along_axis(looks_GSE, guess_GS[..., None], axis=-1)[..., 0] for looks_GSE in (looks_kept_GSE, looks_dropped_GSE)
         )
-        if looks_GS[looked_at].all():
+        explained_GS = np.where(kept_GS, as_kept_GS, as_dropped_GS) if kept_is_forced(layer) else as_kept_GS | as_dropped_GS
+        if explained_GS[looked_at].all():
             return Guess(guess_GS, options_GSE, True)
     guess_GS[tuple(tokens.T)] = [option[0] for option in options]
     return Guess(guess_GS, options_GSE, math.prod(len(option) for option in options) <= MAX_BRANCHES)

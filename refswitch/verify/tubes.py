@@ -79,7 +79,7 @@ def kappa(K: np.ndarray | float, arithmetic: Arithmetic) -> np.ndarray:
     sums = np.ceil(np.maximum(K, 1) / arithmetic.block) - (arithmetic.block == 1)
     order = gamma(sums + 1.0, arithmetic.unit)
     operands = 2.0 * arithmetic.input_unit + arithmetic.input_unit**2
-    return order + operands * (1.0 + order) + gamma(K, OWN_UNIT)
+    return order + (operands * (1.0 + order) if operands else 0.0) + gamma(K, OWN_UNIT)
 
 
 def exact(value: np.ndarray | float) -> Tube:
