@@ -119,6 +119,15 @@ def test_tubes__a_vacuous_bound_is_infinite() -> None:
     assert tubes.ratio(np.array([7.0, 0.0]), tube).tolist() == [0.0, 0.0]
 
 
+def test_tubes__a_vacuous_logit_accuses_nobody() -> None:
+    """An infinite radius stays one through softmax and log-sum-exp."""
+    arithmetic = tubes.arithmetic_of(load_profile("float32"))
+    logits = tubes.Tube(np.array([[1.0, 2.0, 3.0]]), np.array([[0.0, np.inf, 0.0]]))
+    with np.errstate(all="ignore"):
+        assert (tubes.ratio(np.array([[0.2, 0.3, 0.5]]), tubes.softmax(logits, arithmetic)) <= 1.0).all()
+        assert (tubes.ratio(np.array([7.0]), tubes.log_sum_exp(logits, arithmetic)) <= 1.0).all()
+
+
 def test_tubes__silu_may_underflow() -> None:
     """z / (1 + exp(-z)) is 0 in float32 from where exp overflows, though the exact value is not that small."""
     z = np.array([-91.0, -89.0])

@@ -146,14 +146,14 @@ def noise_terms(inputs: SwitchInputs, dialect: Dialect) -> tuple[np.ndarray, np.
 
     Spec: S-NOISE-1. `second_place` rewrites the logits themselves: its term is -1e9 where an expert is ruled out.
     """
+    is_clean = dialect.noise.gate_from == "clean"
     zeros_GSE = np.zeros_like(inputs.noise_term_GSE)
+    read_GSE, choice_GSE = (zeros_GSE, inputs.noise_term_GSE) if is_clean else (inputs.noise_term_GSE, zeros_GSE)
     if dialect.select.rule == "second_place":
-        return inputs.noise_term_GSE + inputs.select_noise_GSE, zeros_GSE
+        read_GSE = read_GSE + inputs.select_noise_GSE
     if dialect.select.rule == "sample":
-        return inputs.noise_term_GSE, dialect.select.temperature * inputs.select_noise_GSE
-    if dialect.noise.gate_from == "clean":
-        return zeros_GSE, inputs.noise_term_GSE
-    return inputs.noise_term_GSE, zeros_GSE
+        choice_GSE = choice_GSE + dialect.select.temperature * inputs.select_noise_GSE
+    return read_GSE, choice_GSE
 
 
 def scores_of(probs_GSE: np.ndarray, logits_GSE: np.ndarray, choice_term_GSE: np.ndarray, statics: Statics) -> np.ndarray:
@@ -210,9 +210,8 @@ def switch_forward(inputs: SwitchInputs, params: SwitchParams, statics: Statics)
     sits_out_GS = is_pad_GS & (dialect.pad.route != "include")
     out_GSD = np.where(sits_out_GS[..., None], 0.0, round_to(sum_GSD, points.out))  # F11  R9
 
-    choice_GS = choose(logits_GSE) if dialect.aux.f.count == "logits" else route.expert_GS
-    if dialect.select.rule == "ntlb":
-        choice_GS = choose(scores_GSE)
+    first_GS = choose(scores_GSE) if dialect.select.rule == "ntlb" else route.expert_GS  # not where it ended up
+    choice_GS = choose(logits_GSE) if dialect.aux.f.count == "logits" else first_GS
     count_GE = counted_fraction(route, choice_GS, claims_GS, ~is_pad_GS, E, dialect.aux)
     denominator_G, group_scale_G = rows_of_mean(~is_pad_GS, route.kept_GS, dialect.aux)
     aux_loss, balance_saved = balance_forward(probs_GSE, count_GE, denominator_G, group_scale_G, ~is_pad_GS, dialect.aux)  # F12

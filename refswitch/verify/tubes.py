@@ -89,7 +89,8 @@ def exact(value: np.ndarray | float) -> Tube:
 
 
 def _up(radius: np.ndarray) -> np.ndarray:
-    return radius * RADIUS_SLACK
+    """Round a radius up; one that has become 0 * inf is vacuous."""
+    return np.where(np.isnan(radius), np.inf, radius * RADIUS_SLACK)
 
 
 def _is_exact(parts: Sequence[Tube], magnitude: np.ndarray, arithmetic: Arithmetic) -> bool:
@@ -225,10 +226,11 @@ def softmax(logits: Tube, arithmetic: Arithmetic) -> Tube:
     shape = logits.value.shape
     value, low, high = (np.concatenate(column).reshape(shape) for column in zip(*parts, strict=True)) if parts else (logits.value,) * 3
     rho = _softmax_evaluation(logits, high, arithmetic)
-    box = np.maximum(high - value, value - low)
+    box = np.maximum(np.maximum(high - value, value - low), 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.where(rho < 1.0, rho / (1.0 - rho), np.inf)
-    return Tube(value, _up(box + (value + box) * relative + 2.0 * arithmetic.tiny))
+        evaluation = np.where(value + box > 0.0, (value + box) * relative, 0.0)  # exp of -1e9 is 0 however its argument is rounded
+    return Tube(value, _up(box + evaluation + 2.0 * arithmetic.tiny))
 
 
 def _softmax_evaluation(logits: Tube, p_high: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
@@ -247,28 +249,32 @@ def _softmax_box(logits_TE: np.ndarray, radius_TE: np.ndarray) -> tuple[np.ndarr
     difference_TEE = logits_TE[:, None, :] - logits_TE[:, :, None]  # of j against e
     width_TEE = radius_TE[:, None, :] + radius_TE[:, :, None]
     with np.errstate(over="ignore"):
-        ratios = [np.sum(np.exp(difference_TEE + sign * width_TEE), axis=-1, where=others) for sign in (0.0, 1.0, -1.0)]
-    centre, low, high = (1.0 / (1.0 + ratio) for ratio in ratios)
-    return centre, low, high
+        ratios = [np.sum(np.exp(difference_TEE + sign * width_TEE), axis=-1, where=others) for sign in (1.0, -1.0)]
+    low, high = (1.0 / (1.0 + ratio) for ratio in ratios)
+    exp_TE = np.exp(logits_TE - logits_TE.max(axis=-1, keepdims=True))  # equal logits have equal probabilities, to the bit
+    return exp_TE / exp_TE.sum(axis=-1, keepdims=True), low, high
+
+
+def _lse(logits: np.ndarray) -> np.ndarray:
+    high = logits.max(axis=-1, keepdims=True)
+    return (high + np.log(np.sum(np.exp(logits - high), axis=-1, keepdims=True)))[..., 0]
 
 
 def log_sum_exp(logits: Tube, arithmetic: Arithmetic) -> Tube:
-    """Return log(sum(exp)) over the last axis, which moves by no more than the largest of its arguments.
+    """Return log(sum(exp)) over the last axis: increasing in each argument, so that the box's corners give its image.
 
     Spec: S-Z-1, numbers.
     """
     E = logits.value.shape[-1]
-    high = logits.value.max(axis=-1, keepdims=True)
-    value = (high + np.log(np.sum(np.exp(logits.value - high), axis=-1, keepdims=True)))[..., 0]
+    value = _lse(logits.value)
+    box = np.maximum(_lse(logits.value + logits.radius) - value, value - _lse(logits.value - logits.radius))
     distance = (logits.value + logits.radius).max(axis=-1, keepdims=True) - (logits.value - logits.radius)
-    with np.errstate(over="ignore"):
-        p_high = np.exp(np.minimum(logits.value + logits.radius - value[..., None] + logits.radius.max(axis=-1, keepdims=True), 0.0))
-    shift = np.sum(p_high * distance, axis=-1)
+    shift = np.sum(np.exp(np.minimum(logits.value + logits.radius - (value - box)[..., None], 0.0)) * distance, axis=-1)
     functions, unit = arithmetic.functions, arithmetic.element_unit
     relative = gamma(E, arithmetic.unit) + 2.0 * functions.exp_ulp * unit + 3.0 * unit * shift
-    own = OWN_UNIT * (E + 16.0 + 3.0 * shift + 4.0 * np.abs(value))
+    own = OWN_UNIT * (E + 16.0 + 3.0 * shift + 8.0 * np.abs(value))
     logarithm = (2.0 * functions.log_ulp + 2.0) * unit * (np.abs(value) + math.log(max(E, 2)))
-    return Tube(value, _up(logits.radius.max(axis=-1) + relative + logarithm + own))
+    return Tube(value, _up(box + relative + logarithm + own))
 
 
 def _silu_sigmoid(z: np.ndarray) -> np.ndarray:
@@ -280,10 +286,11 @@ def _tanh_argument(z: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(z: Tube, arithmetic: Arithmetic) -> Tube:
-    """Return 1 / (1 + exp(-z)), whose slope is at most 1/4."""
+    """Return s = 1 / (1 + exp(-z)), whose slope is s (1 - s), at most 1/4, and moves by at most 0.0963 per unit of z."""
     value = _silu_sigmoid(z.value)
+    carried = np.minimum(0.25, value * (1.0 - value) + 0.0482 * z.radius) * z.radius
     evaluation = ((2.0 * arithmetic.functions.exp_ulp + 3.0) * arithmetic.element_unit + 8.0 * OWN_UNIT) * value
-    return Tube(value, _up(0.25 * z.radius + evaluation + arithmetic.tiny))
+    return Tube(value, _up(carried + evaluation + arithmetic.tiny))
 
 
 def activate(z: Tube, activation: str, arithmetic: Arithmetic) -> Tube:
