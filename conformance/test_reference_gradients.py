@@ -25,7 +25,7 @@ from refswitch.reference.capacity import Route
 from refswitch.spec_data import choices_of, load_dialect, load_profile, names_of, with_knob
 from refswitch.verify import layer as stages
 from refswitch.verify.case import INPUTS, OUTPUTS, Case, expected_shape
-from refswitch.verify.cases import ACTIVATIONS, Target
+from refswitch.verify.cases import ACTIVATIONS, RULED_OUT, Target
 from refswitch.verify.gradients import Forward, gradient_tubes
 from refswitch.verify.oracle import FACTOR_NOISE, reference_outputs
 from refswitch.verify.tubes import Tube, exact, ratio
@@ -58,7 +58,6 @@ LISTED = (
 KNOBS: dict[str, tuple[Any, ...]] = {
     knob: tuple(value for value in choices_of(Dialect, knob) if value not in NOT_HERE.get(knob, ())) for knob in LISTED
 } | {"router.logit_cap": (0.0, 3.0), "select.choices": (1, 2, 4)}
-RULED_OUT = -32.0  # `second_place`: the term on the first choice, beyond every gap here; for the -1e9 of the judge's own cases see KNOWN_FAULTS
 
 
 class Plan(NamedTuple):
@@ -76,7 +75,6 @@ class Plan(NamedTuple):
     losses: tuple[float, float]
     seed: int
     base: str = "mesh_tensorflow"
-    ruled_out: float = RULED_OUT
 
 
 class Drawn(NamedTuple):
@@ -113,14 +111,9 @@ def plans(draw: st.DrawFn) -> Plan:
     tokens = draw(st.sampled_from(("plain", "plain", "plain", "all_to_one", "ties")), label="tokens")
     if knobs["noise.kind"] in FACTOR_NOISE:
         knobs["noise.gate_from"] = "noisy"  # a factor leaves no clean logits: `load_dialect` refuses it
-    # Where KNOWN_FAULTS has a plan, the sweep goes around it.
-    if knobs["select.rule"] in ("sample", "second_place"):
-        knobs["noise.gate_from"] = "noisy"
-    if knobs["select.rule"] == "ntlb":
-        knobs["aux.f.count"] = "choice" if knobs["noise.gate_from"] == "clean" else knobs["aux.f.count"]
-        tokens = "plain" if tokens == "ties" else tokens
-    if knobs["gate.value"] == "sigmoid":
-        tokens = "plain" if tokens == "ties" else tokens  # the integers make logits of -15
+    if knobs["select.rule"] == "second_place":  # around the two of KNOWN_FAULTS
+        knobs["router.logit_cap"] = 0.0
+        knobs["gate.value"] = "p" if (knobs["gate.value"], knobs["pad.route"]) == ("ratio_st", "expert0_weight0") else knobs["gate.value"]
     sizes: dict[str, int] = {}
     for letter, pool in {"G": range(1, 4), "E": range(1, 7), "S": range(14), "D": range(1, 8), "F": range(1, 9)}.items():
         sizes[letter] = draw(st.sampled_from([size for size in pool if size not in sizes.values()]), label=letter)
@@ -200,7 +193,7 @@ def _noises(plan: Plan, dialect: Dialect, x_GSD: np.ndarray, w_DE: np.ndarray, r
         found["select_noise"] = random.standard_normal((G, S, E))
     if dialect.select.rule == "second_place":
         first_GSE = np.argmax(x_GSD @ w_DE, axis=-1)[..., None] == np.arange(E)
-        found["select_noise"] = plan.ruled_out * (first_GSE & (random.random((G, S, 1)) < 0.5) & (E > 1))
+        found["select_noise"] = RULED_OUT * (first_GSE & (random.random((G, S, 1)) < 0.5) & (E > 1))
     if dialect.priority == "random":
         found["priority"] = np.argsort(random.random((G, S)), axis=-1, kind="stable")
     return found
@@ -370,7 +363,7 @@ def regimes(plan: Plan, drawn: Drawn) -> set[str]:
     pad, some = bool(layer.is_pad_GS.any()), S > 0
     daux, dz = (loss != 0.0 for loss in plan.losses)
     is_factor = dialect.noise.kind in FACTOR_NOISE
-    redirected = "select_noise" in case and bool((case.select_noise == plan.ruled_out).any())
+    redirected = "select_noise" in case and bool((case.select_noise == RULED_OUT).any())
     rule = {"argmax": kept, "sample": bool(elsewhere_GS.any()), "second_place": redirected, "ntlb": bool((elsewhere_GS & kept_GS).any())}
     seen = {
         "drop": drop,
@@ -476,28 +469,38 @@ def test_switch_backward__matches_autograd_in_every_record(plan: Plan) -> None:
 
 NTLB = {"select.rule": "ntlb"}
 CLEAN = {"noise.kind": "z_add_normal", "noise.gate_from": "clean"}
-KNOWN_FAULTS = {
-    "reference: under ntlb f counts the best score although the dialect says logits": plan_of(NTLB | CLEAN | {"aux.f.count": "logits"}, pads="none"),
-    "reference: under sample the gate reads noise that the dialect keeps from it": plan_of({"select.rule": "sample"} | CLEAN),
-    "reference: under second_place the gate reads noise that the dialect keeps from it": plan_of({"select.rule": "second_place"} | CLEAN),
-    "judge: under ntlb exact ties of logits are not ties of its probabilities": plan_of(
+SECOND = {"select.rule": "second_place"}
+ONCE_WRONG = {
+    "reference: under ntlb f counted the best score although the dialect says logits": plan_of(NTLB | CLEAN | {"aux.f.count": "logits"}, pads="none"),
+    "reference: under sample the gate read noise that the dialect keeps from it": plan_of({"select.rule": "sample"} | CLEAN),
+    "reference: under second_place the gate read noise that the dialect keeps from it": plan_of(SECOND | CLEAN),
+    "judge: under ntlb exact ties of logits were no ties of its probabilities": plan_of(
         NTLB, tokens="ties", sizes={"G": 1, "E": 5, "S": 2, "D": 7, "F": 3}, capacity=0, pads="none", noise=False, mask=False, seed=0
     ),
-    "judge: a sigmoid's radius takes the slope 1/4 far out, too": plan_of(
-        {"gate.value": "sigmoid", "router.bias": True},
-        tokens="ties",
-        sizes={"G": 3, "E": 1, "S": 9, "D": 7, "F": 4},
-        capacity=9,
-        pads="none",
-        noise=False,
-        seed=1,
+    "judge: a sigmoid's radius took the slope 1/4 far out, too": plan_of(
+        {"gate.value": "sigmoid", "router.bias": True}, tokens="ties", sizes={"G": 3, "E": 1, "S": 9, "D": 7, "F": 4}, capacity=9, pads="none",
+        noise=False, seed=1,
     ),
-    "judge: a logit of -1e9 makes every radius of its row useless": plan_of({"select.rule": "second_place"}, ruled_out=-1e9),
+    "judge: a logit of -1e9 made every radius of its row useless": plan_of(SECOND),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("label", ONCE_WRONG)
+def test_switch_backward__matches_autograd_where_it_once_did_not(label: str) -> None:
+    found = disagreements(draw_data(ONCE_WRONG[label]))
+    assert not found, "\n".join(found)
+
+
+KNOWN_FAULTS = {
+    "judge: under a cap the radius of a logit of -1e9 is kept, although the cap's slope is 0 there": plan_of(SECOND | {"router.logit_cap": 3.0}),
+    "reference: p / stop_gradient(p) is 0 / 0 for padding that is sent to a ruled-out expert 0": plan_of(
+        SECOND | {"gate.value": "ratio_st", "pad.route": "expert0_weight0", "pad.zero_input": True, "router.bias": False}
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", KNOWN_FAULTS)
-@pytest.mark.xfail(reason="found by this sweep, not yet mended", raises=AssertionError)
+@pytest.mark.xfail(reason="found by this sweep, not yet mended", raises=(AssertionError, RuntimeWarning))
 def test_switch_backward__known_fault(fault: str) -> None:
     found = disagreements(draw_data(KNOWN_FAULTS[fault]))
     assert not found, "\n".join(found)

@@ -217,7 +217,8 @@ def gate_of(probs_GSE: Tensor, logits_GSE: Tensor, facts: Facts, dialect: Any, p
     if value == "sigmoid":
         return primitives.sigmoid((logits_GSE * facts.chosen_GSE).sum(dim=-1))
     if value == "ratio_st":
-        return p_GS / p_GS.detach()
+        is_zero_GS = (p_GS == 0.0).detach()  # a padding row that is sent to an expert that is ruled out: no 0 / 0
+        return torch.where(is_zero_GS, torch.ones(()).double(), p_GS / p_GS.detach().masked_fill(is_zero_GS, 1.0))
     return p_GS if value == "p" else torch.ones_like(p_GS)  # norm_topk: p / p of one choice is the constant 1
 
 

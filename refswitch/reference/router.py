@@ -148,5 +148,6 @@ def gate_backward(dgate_GS: np.ndarray, saved: GateSaved, value: str) -> tuple[n
         return zeros_GSE, _place(dgate_GS * saved.chosen_GS * (1.0 - saved.chosen_GS), saved.expert_GS, E)  # B1
     if value in ("one", "norm_topk"):
         return zeros_GSE, zeros_GSE
-    dchosen_GS = dgate_GS / saved.chosen_GS if value == "ratio_st" else dgate_GS
-    return _place(dchosen_GS, saved.expert_GS, E), zeros_GSE  # B1
+    if value == "ratio_st":  # a row that sits out has no gradient, and may have probability 0
+        dgate_GS = np.divide(dgate_GS, saved.chosen_GS, out=np.zeros_like(dgate_GS), where=dgate_GS != 0.0)
+    return _place(dgate_GS, saved.expert_GS, E), zeros_GSE  # B1

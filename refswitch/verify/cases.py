@@ -407,7 +407,9 @@ def check_target(target: Target) -> list[str]:
     for feature, needed in (("bias", not useless["bias"]), ("gated", not useless["gated"])):
         if needed and feature not in target.features:
             raise InputError(f"dialect {dialect.name} needs the feature {feature!r}, which the adapter does not declare")
-    return [f"feature {name} has no use in dialect {dialect.name}" for name in sorted(target.features) if useless.get(name)]
+    notes = [f"feature {name} has no use in dialect {dialect.name}" for name in sorted(target.features) if useless.get(name)]
+    unseen = {"ranks": "ranks" in target.features, "batch_invariant": target.profile.batch_invariant}
+    return notes + [f"{name} is declared, and this version does not judge it" for name, declared in unseen.items() if declared]
 
 
 def prepare(target: Target, tier: str, seed: int) -> Iterator[Prepared]:

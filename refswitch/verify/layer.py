@@ -100,9 +100,10 @@ def logits_stage(layer: Layer, x_router_GSD: Tube) -> tuple[Tube, Tube]:
     cap = layer.target.dialect.router.logit_cap
     if not cap:
         return tubes.store(raw, layer.points.logits), raw
-    value = cap * np.tanh(raw.value / cap)
+    value, low, high = (cap * np.tanh(end / cap) for end in (raw.value, raw.value - raw.radius, raw.value + raw.radius))
     evaluation = ((2.0 * layer.router.functions.tanh_ulp + 4.0) * layer.router.element_unit + 8.0 * tubes.OWN_UNIT) * np.abs(value)
-    return tubes.store(Tube(value, (raw.radius + evaluation) * tubes.RADIUS_SLACK), layer.points.logits), raw
+    radius = np.maximum(high - value, value - low) + evaluation  # tanh is increasing
+    return tubes.store(Tube(value, radius * tubes.RADIUS_SLACK), layer.points.logits), raw
 
 
 def probs_stage(layer: Layer, logits_GSE: Tube) -> Tube:

@@ -58,8 +58,8 @@ def resolve_target(text: str) -> tuple[Path, str]:
 
 
 def shipped_adapters() -> list[Path]:
-    """Return the adapters that come with refswitch."""
-    return sorted((data_root() / "conformance" / "adapters").glob("*.py"))
+    """Return the adapters that come with refswitch, the one without a foreign package first."""
+    return sorted((data_root() / "conformance" / "adapters").glob("*.py"), key=lambda path: (path.stem not in BUILT_IN, path.stem))
 
 
 def target_of(declared: Mapping[str, Any], options: Options) -> Target:
