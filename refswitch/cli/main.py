@@ -7,6 +7,7 @@ Exit status: 0 done, 1 a judged difference, 2 an error, 130 interrupted.
 from __future__ import annotations
 
 import enum
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,12 @@ def _status_of(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("refswitch: interrupted", file=sys.stderr)
         return 130
+    except (OSError, SystemExit) as error:
+        # What stands on standard output could not be written, so nothing was told: that must not look like a verdict.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            print(f"refswitch: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def main() -> None:

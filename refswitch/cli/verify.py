@@ -79,12 +79,15 @@ def _print_report(console: Console, report: Report, door: Door) -> None:
         return
     for finding in report.findings:
         _print_finding(console, finding)
+    open_clauses: dict[str, list[str]] = {}
     for name, status in report.clauses.items():
         if status.status == "inconclusive":
-            console.print(f"  [yellow]INCONCLUSIVE[/] {name}: {escape(status.why)}")
+            open_clauses.setdefault(status.why, []).append(name)
+    for why, names in open_clauses.items():
+        console.print(f"  [yellow]INCONCLUSIVE[/] {', '.join(names)}: {escape(why)}")
     unsupported = [name for name, status in report.clauses.items() if status.status == "unsupported"]
     if unsupported and not door.verbose:
-        console.print(f"  [dim]unsupported, so not judged: {', '.join(unsupported)}[/]")
+        console.print(f"  [dim]not declared or not returned, so not judged: {', '.join(unsupported)}[/]")
     for note in report.notes:
         console.print(f"  [dim]note: {escape(note)}[/]")
     if report.tightness:
@@ -121,6 +124,14 @@ def _print_table(console: Console, reports: Sequence[Report]) -> None:
         console.print("[dim]* with overrides of its own, named above[/]")
 
 
+def _check_writable(path: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    if not path.parent.is_dir():
+        raise InputError(f"--json {path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"--json {path}: cannot be written there")
+
+
 def write_json(reports: Sequence[Report], path: Path) -> None:
     """Write one report, or the list of several, beside the file and rename it."""
     content = [as_json(report) for report in reports]
@@ -141,8 +152,8 @@ def run_verify(door: Door) -> int:
         load_dialect(parse_record(door.dialect))
     if door.profile:
         load_profile(parse_record(door.profile))
-    if door.json_file is not None and not door.json_file.parent.is_dir():
-        raise InputError(f"--json {door.json_file}: there is no folder {door.json_file.parent}")
+    if door.json_file is not None:
+        _check_writable(door.json_file)
     targets = [(*resolve_target(door.target), door.target)] if door.target else [(path, "", path.stem) for path in shipped_adapters()]
     if not door.quiet:
         console.print(f"refswitch {__version__}, spec {SPEC_VERSION}: {options.shown}")

@@ -93,7 +93,7 @@ def _load(path: Path, name: str) -> tuple[Any, list[Reply], Reply]:
         return None, [], {"error": problem}
     missing = [package for package in requires if not _is_package(package)]
     if missing:
-        return None, [], {"not_run": f"{', '.join(missing)} is not installed"}
+        return None, [], {"not_run": f"not installed: {', '.join(missing)}"}
     start = time.perf_counter()
     try:
         module = _import(path)

@@ -53,7 +53,7 @@ class Finding:
     @property
     def first(self) -> Check:
         """The check that is shown: of the case that is easiest to read, the fewest elements first."""
-        return min(self.checks, key=lambda check: (check.elements, check.case))
+        return min(self.checks, key=lambda check: ("ties" in check.case, check.elements, check.case))
 
 
 @dataclass
@@ -121,8 +121,10 @@ def applies(clause: dict[str, Any], target: Target) -> bool:
     return narrow or clause.get("profile") != "narrow"
 
 
-def statuses(verdicts: Sequence[Verdicts], findings: Sequence[Finding], target: Target, ambiguous: float) -> dict[str, ClauseStatus]:
-    """Return what is known of every clause that applies.
+def statuses(
+    verdicts: Sequence[Verdicts], findings: Sequence[Finding], target: Target, ambiguous: float, missing: Sequence[str]
+) -> dict[str, ClauseStatus]:
+    """Return what is known of every clause that applies; `missing` are outputs that a declared feature promises and that never came.
 
     Spec: contract 2.
     """
@@ -149,6 +151,9 @@ def statuses(verdicts: Sequence[Verdicts], findings: Sequence[Finding], target: 
             result[name] = ClauseStatus("fail", max(count, len(own_failing)), max(worst, max(check.worst for check in own_failing)))
         elif clause.get("feature") and clause["feature"] not in target.features:
             result[name] = ClauseStatus("unsupported", 0, 0.0, f"the feature {clause['feature']} is not declared")
+        elif set(clause.get("exports", [])) & set(missing):
+            promised = ", ".join(output for output in clause["exports"] if output in missing)
+            result[name] = ClauseStatus("inconclusive", count, worst, f"{clause['feature']} is declared, but {promised} not returned")
         elif not own:
             result[name] = ClauseStatus("unsupported", 0, 0.0, f"{' and '.join(clause.get('exports', ['nothing']))} not returned")
         elif not sound:

@@ -159,10 +159,12 @@ def _dlogits(layer: Layer, dgate_GS: Tube, daux: float, dz: float, forward: Forw
         parts.append(tubes.multiply(Tube(weighed_GS.value[..., None], weighed_GS.radius[..., None]), own, router))
     cap = layer.target.dialect.router.logit_cap
     if cap:
-        # The slope of cap * tanh(raw / cap) moves by at most 0.77 / cap per unit of raw.
-        slope = 1.0 - np.tanh(forward.raw_GSE.value / cap) ** 2
+        # The slope of cap * tanh(raw / cap) falls with |raw|: its image lies between its values at the ends nearest to and farthest from 0.
+        size, radius = np.abs(forward.raw_GSE.value), forward.raw_GSE.radius
+        slope, high, low = (1.0 - np.tanh(end / cap) ** 2 for end in (size, np.maximum(size - radius, 0.0), size + radius))
         evaluation = (4.0 * router.functions.tanh_ulp + 4.0) * router.element_unit + 8.0 * tubes.OWN_UNIT
-        parts = [tubes.multiply(part, Tube(slope, 0.77 / cap * forward.raw_GSE.radius + evaluation), router) for part in parts]
+        slope_tube = Tube(slope, (np.maximum(high - slope, slope - low) + evaluation) * tubes.RADIUS_SLACK)
+        parts = [tubes.multiply(part, slope_tube, router) for part in parts]
     return [tubes.may_store(part, layer.points.logits) for part in parts]
 
 

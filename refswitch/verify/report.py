@@ -126,4 +126,4 @@ def summary_of(finding: Finding) -> str:
         return "the same call gives another answer the second time"
     if full:
         return full[0].says
-    return f"not so: {finding.text[0].lower()}{finding.text[1:].rstrip('.')}"
+    return f"this does not hold: {finding.text[0].lower()}{finding.text[1:].rstrip('.')}"

@@ -164,7 +164,9 @@ def judge_adapter(
     report.findings = merge(findings)
     for finding in report.findings:
         _move_to_cause(finding, outputs)
-    report.clauses = statuses(verdicts, report.findings, target, report.ambiguous)
+    returned = set().union(*(set(found) for found in outputs.values()))
+    promised = {name for item in prepared for name in item.case.wants if name.startswith("d") or name.endswith("_loss")}
+    report.clauses = statuses(verdicts, report.findings, target, report.ambiguous, sorted(promised - returned))
     report.verdict = _verdict(report)
     report.seconds = time.perf_counter() - start
     return report
