@@ -48,12 +48,13 @@ def _inner(layer: Layer, a: Tube, b: Tube, terms: int) -> Tube:
     return _stored(layer, tubes.total(products, -1, layer.experts, terms))
 
 
-def _sum_of(tubes_list: list[Tube], arithmetic: Arithmetic, layer: Layer) -> Tube:
-    """Add several gradients of one value in any order."""
-    result = tubes_list[0]
-    for other in tubes_list[1:]:
-        result = _stored(layer, tubes.add(result, other, arithmetic))
-    return result
+def _sum_of(parts: list[Tube], arithmetic: Arithmetic, layer: Layer, terms: int = 0) -> Tube:
+    """Add several gradients of one value in any order; one accumulator may take the `terms` of all of them, starting from any."""
+    result, size = parts[0], np.abs(parts[0].value) + parts[0].radius
+    for part in parts[1:]:
+        size = size + np.abs(part.value) + part.radius
+        result = tubes.may_store(tubes.add(result, part, arithmetic), layer.points.gradients, size)
+    return tubes.widen(result, tubes.gamma(terms, arithmetic.unit) * size) if len(parts) > 1 else result
 
 
 def _experts_backward(layer: Layer, dexpert_out_GECD: Tube, forward: Forward) -> tuple[Tube, Tube, Tube, dict[str, Tube]]:
@@ -69,7 +70,7 @@ def _experts_backward(layer: Layer, dexpert_out_GECD: Tube, forward: Forward) ->
     found["b_out"] = tubes.contract("gec,gecd->ed", scale, dexpert_out_GECD, arithmetic, rows_E1)
     dbias_scale = tubes.contract("gecd,ed->gec", dexpert_out_GECD, exact(weights.b_out_ED), arithmetic, D)
     dhidden = _stored(layer, tubes.contract("gecd,efd->gecf", dexpert_out_GECD, exact(weights.w_out_EFD), arithmetic, D))
-    acted = tubes.activate(saved.z_act_GECF, activation, arithmetic)
+    acted = tubes.may_store(tubes.activate(saved.z_act_GECF, activation, arithmetic), layer.points.z)
     product = acted if saved.z_linear_GECF is None else tubes.multiply(acted, saved.z_linear_GECF, arithmetic)
     dfactor = _stored(layer, tubes.multiply(dhidden, product, arithmetic))
     dproduct = dhidden
@@ -92,7 +93,7 @@ def _experts_backward(layer: Layer, dexpert_out_GECD: Tube, forward: Forward) ->
     found["w_in"], found["b_in"] = weight_gradient(dz_linear)
     through_gate = _stored(layer, tubes.contract("gecf,edf->gecd", dz_act, exact(weights.w_gate_EDF), arithmetic, F))
     through_in = _stored(layer, tubes.contract("gecf,edf->gecd", dz_linear, exact(weights.w_in_EDF), arithmetic, F))
-    return _sum_of([through_in, through_gate], arithmetic, layer), dfactor, dbias_scale, found
+    return _sum_of([through_in, through_gate], arithmetic, layer, 2 * F), dfactor, dbias_scale, found
 
 
 def _softmax_backward(layer: Layer, dprobs_GSE: Tube, probs_GSE: Tube) -> Tube:
@@ -105,7 +106,7 @@ def _softmax_backward(layer: Layer, dprobs_GSE: Tube, probs_GSE: Tube) -> Tube:
     size = np.abs(dprobs_GSE.value) + dprobs_GSE.radius
     p_high = np.abs(probs_GSE.value) + probs_GSE.radius
     forms = tubes.gamma(E + 6, router.unit + tubes.OWN_UNIT) * p_high * (size + np.sum(p_high * size, axis=-1, keepdims=True))
-    return Tube(dlogits.value, dlogits.radius + forms * tubes.RADIUS_SLACK)
+    return tubes.widen(dlogits, forms)
 
 
 def _dprobs_of_aux(layer: Layer, daux: float, forward: Forward) -> Tube:
@@ -208,25 +209,27 @@ def gradient_tubes(layer: Layer, forward: Forward) -> dict[str, Tube]:
     parts = _dlogits(layer, dgate, float(case.get("daux", 0.0)), float(case.get("dz", 0.0)), forward) or [exact(np.zeros((G, S, E)))]
     w_router = exact(layer.params.w_router_DE)
     terms = len(parts)  # one accumulator may take all parts
-    found["w_router"] = _sum_of([tubes.contract("gsd,gse->de", forward.x_router_GSD, part, router, G * S * terms) for part in parts], router, layer)
-    found["b_router"] = _sum_of([tubes.total(part, (0, 1), router, G * S * terms) for part in parts], router, layer)
-    dx_router = _sum_of([tubes.contract("gse,de->gsd", part, w_router, router, E * terms) for part in parts], router, layer)
-    found["x"] = _dx(layer, dx_parts, dx_router)
+    found["w_router"] = _sum_of(
+        [tubes.contract("gsd,gse->de", forward.x_router_GSD, part, router, G * S * terms) for part in parts], router, layer, G * S * terms
+    )
+    found["b_router"] = _sum_of([tubes.total(part, (0, 1), router, G * S * terms) for part in parts], router, layer, G * S * terms)
+    dx_router = _sum_of([tubes.contract("gse,de->gsd", part, w_router, router, E * terms) for part in parts], router, layer, E * terms)
+    found["x"] = _dx(layer, dx_parts, dx_router, E * terms + 2 * layer.params.experts.w_in_EDF.shape[-1])
     if case.get("b_out") is not None and case.b_out.ndim == 1:
         found["b_out"] = tubes.total(dout, (0, 1), experts, G * S)
     return {name: tubes.store(tube, layer.points.gradients) for name, tube in found.items()}
 
 
-def _dx(layer: Layer, dx_parts: list[Tube], dx_router: Tube) -> Tube:
+def _dx(layer: Layer, dx_parts: list[Tube], dx_router: Tube, terms: int) -> Tube:
     """Join the experts' and the router's part, each through the noise that its branch went through."""
     factor = layer.inputs.noise_factor_GSD
     has_noise = (factor != 1.0).any()
     dx_router = _stored(layer, dx_router)
     if has_noise and leaks(layer.target.dialect, layer.points):
-        joined = _sum_of([*dx_parts, dx_router], layer.experts, layer)
+        joined = _sum_of([*dx_parts, dx_router], layer.experts, layer, terms)
         dx = tubes.multiply(joined, exact(factor), layer.router)
     else:
         through_noise = _stored(layer, tubes.multiply(dx_router, exact(factor), layer.router)) if has_noise else dx_router
-        dx = _sum_of([*dx_parts, through_noise], layer.experts, layer)
+        dx = _sum_of([*dx_parts, through_noise], layer.experts, layer, terms)
     zeroed_GS1 = (~layer.inputs.valid_GS & (layer.target.dialect.pad.zero_input is True))[..., None]
     return tubes.where(zeroed_GS1, exact(np.zeros_like(dx.value)), dx)

@@ -148,10 +148,10 @@ def unpack_tube(tube: Tube, route: Route) -> Tube:
 
 
 def _may_store_before(total: Tube, plus: list[Tube], format: Format) -> Tube:
-    """Allow that the sum was stored once before its further terms were added."""
-    for term in plus:
-        before = np.abs(total.value) + total.radius + np.abs(term.value)
-        total = Tube(total.value, total.radius + tubes.may_store(Tube(before, np.zeros_like(before)), format).radius)
+    """Allow that the sum was stored before and between the additions of its further terms."""
+    size = np.abs(total.value) + total.radius + sum(np.abs(term.value) + term.radius for term in plus)
+    for _ in plus:
+        total = tubes.may_store(total, format, size)
     return total
 
 
@@ -183,7 +183,7 @@ def hidden_stage(layer: Layer, x_expert_GSD: Tube, gate_GS: Tube, route: Route) 
     factor = pack_tube(factor, route, E)
     is_used = pack(np.ones_like(layer.inputs.hidden_mask_GSF), route, E, slots_in_use(route)) == 1.0
     if (factor.value[is_used] != 1.0).any():
-        hidden = tubes.multiply(hidden, factor, arithmetic)
+        hidden = tubes.multiply(tubes.may_store(hidden, layer.points.z), factor, arithmetic)
     hidden = tubes.where(is_used, tubes.store(hidden, layer.points.hidden), exact(np.zeros_like(hidden.value)))
     return Expertise(x, z_act, z_linear, factor, bias_scale.at(np.s_[..., 0]), hidden)
 

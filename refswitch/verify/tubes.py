@@ -82,6 +82,11 @@ def kappa(K: np.ndarray | float, arithmetic: Arithmetic) -> np.ndarray:
     return order + (operands * (1.0 + order) if operands else 0.0) + gamma(K, OWN_UNIT)
 
 
+def widen(a: Tube, extra: np.ndarray | float) -> Tube:
+    """Return a with a larger radius."""
+    return Tube(a.value, _up(a.radius + extra))
+
+
 def exact(value: np.ndarray | float) -> Tube:
     """Return a tube around a value that is known exactly."""
     value = np.asarray(value, np.float64)
@@ -202,13 +207,14 @@ def store(a: Tube, format: Format) -> Tube:
     return hull(low, high)
 
 
-def may_store(tube: Tube, format: Format) -> Tube:
-    """Allow, without asking for it, that a value on the way is rounded to `format`."""
+def may_store(a: Tube, format: Format, size: np.ndarray | None = None) -> Tube:
+    """Allow, without asking for it, that a value on the way is rounded to `format`; `size` bounds it where it is not the value itself."""
     if format.precision >= FORMATS["float64"].precision:
-        return tube
-    size = np.abs(tube.value) + tube.radius
-    step = np.where(np.isfinite(size), spacing(np.where(np.isfinite(size), size, 1.0), format), np.inf)
-    return Tube(tube.value, (tube.radius + np.where(size > 0.0, 0.5 * step, 0.0)) * RADIUS_SLACK)
+        return a
+    size = np.abs(a.value) + a.radius if size is None else size
+    fits = size <= format.largest
+    step = np.where(fits, spacing(np.where(fits, size, 1.0), format), np.inf)
+    return widen(a, np.where(size > 0.0, 0.5 * step, 0.0))
 
 
 def softmax(logits: Tube, arithmetic: Arithmetic) -> Tube:
@@ -289,7 +295,8 @@ def sigmoid(z: Tube, arithmetic: Arithmetic) -> Tube:
     """Return s = 1 / (1 + exp(-z)), whose slope is s (1 - s), at most 1/4, and moves by at most 0.0963 per unit of z."""
     value = _silu_sigmoid(z.value)
     carried = np.minimum(0.25, value * (1.0 - value) + 0.0482 * z.radius) * z.radius
-    evaluation = ((2.0 * arithmetic.functions.exp_ulp + 3.0) * arithmetic.element_unit + 8.0 * OWN_UNIT) * value
+    shift = 3.0 * (np.abs(z.value) + z.radius)  # a change of base rounds the argument
+    evaluation = ((2.0 * arithmetic.functions.exp_ulp + 3.0 + shift) * arithmetic.element_unit + 8.0 * OWN_UNIT) * (value + carried)
     return Tube(value, _up(carried + evaluation + arithmetic.tiny))
 
 
@@ -315,7 +322,7 @@ def activate(z: Tube, activation: str, arithmetic: Arithmetic) -> Tube:
         curvature = GELU_CURVATURE
     else:
         value = v * _silu_sigmoid(v)
-        evaluation = (u * (2.0 * functions.exp_ulp + 4.0) + 8.0 * OWN_UNIT) * (np.abs(value) + 1.1 * r)
+        evaluation = (u * (2.0 * functions.exp_ulp + 4.0 + 3.0 * magnitude) + 8.0 * OWN_UNIT) * (np.abs(value) + 1.1 * r)
         curvature = SILU_CURVATURE
     # Underflow inside is multiplied by |z|: z / (1 + exp(-z)) is 0 where exp overflows.
     return Tube(value, _up(slope * r + 0.5 * curvature * r**2 + evaluation + arithmetic.tiny * (1.0 + magnitude)))
@@ -349,7 +356,8 @@ def activation_slope(z: Tube, activation: str, arithmetic: Arithmetic) -> Tube:
         evaluation = (u * (2.0 * functions.tanh_ulp + 6.0) + 16.0 * OWN_UNIT) * amplified
         curvature = GELU_CURVATURE
     else:
-        evaluation = (u * (2.0 * functions.exp_ulp + 4.0) + 16.0 * OWN_UNIT) * (1.0 + magnitude)
+        # s (1 + z (1 - s)): an argument rounded by a change of base moves s by 3 u |z| s (1 - s), and |z| s (1 - s) < 0.23
+        evaluation = (u * (2.0 * functions.exp_ulp + 5.0) + 16.0 * OWN_UNIT) * (1.0 + magnitude)
         curvature = SILU_CURVATURE
     return Tube(_slope(v, activation), _up(curvature * r + evaluation))
 
