@@ -166,7 +166,8 @@ def _dlogits(layer: Layer, dgate_GS: Tube, daux: float, dz: float, forward: Forw
         evaluation = (4.0 * router.functions.tanh_ulp + 4.0) * router.element_unit + 8.0 * tubes.OWN_UNIT
         slope_tube = Tube(slope, (np.maximum(high - slope, slope - low) + evaluation) * tubes.RADIUS_SLACK)
         parts = [tubes.multiply(part, slope_tube, router) for part in parts]
-    return [tubes.may_store(part, layer.points.logits) for part in parts]
+    size = sum((np.abs(part.value) + part.radius for part in parts), np.zeros(probs.value.shape))  # their sum may be what is stored
+    return [tubes.may_store(part, layer.points.logits, size) for part in parts]
 
 
 def gradient_tubes(layer: Layer, forward: Forward) -> dict[str, Tube]:
