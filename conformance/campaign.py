@@ -9,6 +9,7 @@ Everything runs in this process. Exit status: 0 if no variant is accused and no 
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 import warnings
@@ -65,13 +66,11 @@ def is_caught(layer: Any, seed: int = 0) -> bool:
     """Whether the judge notices the layer: as `judge_layer`, but it stops at the first check that fails."""
     call = call_of(layer)
     target: Target = target_of(declared_by(layer), Options())
-    first: Outputs | None = None
-    for prepared in (items := list(prepare(target, "quick", seed))):
+    for prepared in prepare(target, "quick", seed):
         outputs, mutated = call(prepared.case, prepared.name)
-        first = outputs if first is None else first
         if mutated or any(not check.ok for check in judge_case(prepared, target, outputs).checks):
             return True
-    return judge_layer(layer, seed).verdict == "deviates" if items else False
+    return judge_layer(layer, seed).verdict == "deviates"
 
 
 def mutant_runs() -> Iterator[tuple[Any, str, str]]:
@@ -113,16 +112,19 @@ def measure_mutants() -> int:
     return sum(total - caught for caught, total in counts.values())
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Measure what the arguments ask for."""
-    if "--help" in arguments or not set(arguments) <= {"--seeds", "--no-mutants", "--no-variants"} | {a for a in arguments if a.isdigit()}:
-        print(__doc__)
-        return 0 if "--help" in arguments else 2
-    seeds = int(arguments[arguments.index("--seeds") + 1]) if "--seeds" in arguments else 1
-    wrong = 0 if "--no-variants" in arguments else measure_variants(seeds)
-    wrong += 0 if "--no-mutants" in arguments else measure_mutants()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1, help="draws of every case for the correct variants")
+    parser.add_argument("--no-mutants", action="store_true", help="measure false alarms only")
+    parser.add_argument("--no-variants", action="store_true", help="measure the kill rate only")
+    arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error("--seeds should be at least 1")
+    wrong = 0 if arguments.no_variants else measure_variants(arguments.seeds)
+    wrong += 0 if arguments.no_mutants else measure_mutants()
     return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -11,6 +11,7 @@ import difflib
 import functools
 import typing
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -22,6 +23,7 @@ from refswitch.config import Dialect, Profile
 from refswitch.errors import InputError
 
 Tree = dict[str, Any]
+LARGEST_ULP = 1e4  # an elementary function that is wrong by more is not one that a profile can excuse
 
 
 @functools.cache
@@ -182,6 +184,15 @@ def load_dialect(spec: str | Mapping[str, Any]) -> Dialect:
     dialect: Dialect = _load(spec, "dialects", Dialect)
     if dialect.noise.gate_from == "clean" and dialect.noise.kind in ("x_mul_uniform", "x_dropout"):
         raise InputError(f"dialect {dialect.name}: noise.gate_from=clean needs noise on the logits, not {dialect.noise.kind}")
+    for name, text in (
+        ("cf_train", dialect.capacity.cf_train),
+        ("cf_eval", dialect.capacity.cf_eval),
+        ("eval_fraction", dialect.capacity.eval_fraction),
+    ):
+        try:
+            Fraction(text)
+        except (ValueError, ZeroDivisionError):
+            raise InputError(f"dialect {dialect.name}: capacity.{name} should be a decimal such as 1.25, not {text!r}") from None
     return dialect
 
 
@@ -195,7 +206,13 @@ def load_profile(spec: str | Mapping[str, Any]) -> Profile:
     InputError
         For an unknown record, key or value, naming the nearest known one.
     """
-    return _load(spec, "profiles", Profile)
+    profile: Profile = _load(spec, "profiles", Profile)
+    for name, ulp in dataclasses.asdict(profile.functions).items():
+        if not 0.0 <= ulp <= LARGEST_ULP:
+            raise InputError(f"profile {profile.name}: functions.{name} should be between 0 and {LARGEST_ULP:g}, not {ulp:g}")
+    if profile.accumulate.block < 1:
+        raise InputError(f"profile {profile.name}: accumulate.block should be at least 1, not {profile.accumulate.block}")
+    return profile
 
 
 def parse_record(text: str) -> str | dict[str, Any]:
@@ -214,7 +231,10 @@ def parse_record(text: str) -> str | dict[str, Any]:
         knob, equals, value = override.partition("=")
         if not equals:
             raise InputError(f"{text!r}: {override!r} should be knob=value")
-        record[knob.strip()] = yaml.safe_load(value)
+        try:
+            record[knob.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"{text!r}: {value!r} is not a value") from None
     return record
 
 

@@ -62,6 +62,11 @@ MISHAPS = {
     "unknown_knob": ("DIALECT = {'base': 'hf_4_57', 'capacity.mim': 0}\nswitch_layer = print\n", "did you mean capacity.min?"),
     "unknown_feature": ("FEATURES = ['backwards']\nswitch_layer = print\n", "did you mean backward?"),
     "unknown_limit": ("LIMITS = {'T': {'max': 3}}\nswitch_layer = print\n", "LIMITS has an unknown key 'T'"),
+    "empty_limit": ("LIMITS = {'E': {'one_of': []}}\nswitch_layer = print\n", "should be a list that is not empty"),
+    "zero_multiple": ("LIMITS = {'D': {'multiple_of': 0}}\nswitch_layer = print\n", "should hold whole numbers"),
+    "crossed_limits": ("LIMITS = {'D': {'min': 9, 'max': 3}}\nswitch_layer = print\n", "has min above max"),
+    "requires_text": ("REQUIRES = 'torch'\nswitch_layer = print\n", "REQUIRES should be a list of names"),
+    "absurd_profile": ("PROFILE = {'base': 'float32', 'functions.exp_ulp': 1e30}\nswitch_layer = print\n", "should be between 0 and 10000"),
     "unreadable_dialect": ("DIALECT = object()\nswitch_layer = print\n", "declares what cannot be read"),
 }  # fmt: skip
 
@@ -140,6 +145,27 @@ def test_verify__report_is_the_same_bytes(tmp_path: Path) -> None:
         texts.append([line for line in lines if not line.strip().startswith('"seconds"')])
     assert texts[0] == texts[1]
     assert json.loads((tmp_path / "first.json").read_text())["verdict"] == "conforms"
+
+
+def test_verify__promised_outputs_that_never_come(tmp_path: Path) -> None:
+    """A declared feature whose outputs are missing, in any case that wants them, is inconclusive and never a pass."""
+    names = 'FEATURES = ["backward", "aux_loss", "z_loss", "noise", "padding", "groups", "expert_dropout", "empty"]\n'
+    source = names + good('out.pop("dw_out")\nif case.x.shape[1] > 20: out.pop("dx")')
+    done = run_verify(tmp_path, source, "--json", "report.json")
+    clauses = json.loads((tmp_path / "report.json").read_text())["clauses"]
+    assert {name for name, clause in clauses.items() if clause["status"] == "inconclusive"} >= {"S-BACK-1", "S-BACK-4"}
+    assert clauses["S-BACK-3"]["status"] == "pass"
+    assert done.returncode == 2
+
+
+def test_verify__output_that_cannot_be_written_is_no_verdict(tmp_path: Path) -> None:
+    """A full disk on standard output is an error and not a deviation."""
+    (tmp_path / "adapter.py").write_text(good(""))
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "refswitch", "verify", "adapter.py"]
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
 
 
 def test_verify__state_across_calls(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Optional
@@ -63,7 +64,7 @@ def verify(
     ] = None,
     tier: Annotated[Tier, typer.Option(help="How many draws of each case.")] = Tier.quick,
     seed: Annotated[int, typer.Option(min=0, help="Every case is drawn from it.")] = 0,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that one call, or the import, may take.")] = 60.0,
+    deadline: Annotated[float, typer.Option(min=0.1, max=86400.0, help="Seconds that one call, or the import, may take.")] = 60.0,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the report to this file as JSON.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print one line for each adapter.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every clause, and what passing would have noticed.")] = False,
@@ -93,6 +94,9 @@ def _status_of(command: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             print(f"refswitch: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except Exception:  # noqa: BLE001 - ours: it keeps its traceback, but it is no verdict
+        traceback.print_exc()
         return 2
 
 

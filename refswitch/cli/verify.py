@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,11 +135,12 @@ def write_json(reports: Sequence[Report], path: Path) -> None:
     """Write one report, or the list of several, beside the file and rename it."""
     content = [as_json(report) for report in reports]
     text = json.dumps(content[0] if len(content) == 1 else content, indent=1, allow_nan=False) + "\n"
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise InputError(f"--json {path}: cannot be written: {error.strerror}") from None
 
 

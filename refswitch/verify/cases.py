@@ -322,7 +322,7 @@ def make_case(recipe: Recipe, target: Target, seed: int) -> Case:
         arrays["hidden_mask"] = stored((uniform(seed, name, "hidden_mask", (G, S, F)) >= 0.25) * (4.0 / 3.0), storage.x)
     if "backward" in target.features:
         arrays["dout"] = stored(recipe.out_scale * bell(seed, name, "dout", (G, S, D)), storage.x)
-        if "aux_loss" in target.features and dialect.aux.available:
+        if _wants_aux(target, recipe.train):
             arrays["daux"] = np.asarray(recipe.losses[0], wide)
         if "z_loss" in target.features:
             arrays["dz"] = np.asarray(recipe.losses[1], wide)
@@ -364,10 +364,15 @@ def _select_noise(recipe: Recipe, arrays: dict[str, np.ndarray], target: Target,
     return RULED_OUT * (first_GSE & redirected_GS[..., None] & (E > 1))
 
 
+def _wants_aux(target: Target, train: bool) -> bool:
+    """Whether the balance loss exists in this mode."""
+    return "aux_loss" in target.features and target.dialect.aux.available and (train or target.dialect.aux.in_eval)
+
+
 def wanted(case: Case, target: Target) -> list[str]:
     """Return the names of the outputs that will be looked at."""
     names = [name for name in OUTPUTS if name not in ("aux_loss", "z_loss")]
-    if "aux_loss" in target.features and target.dialect.aux.available and (case.train or target.dialect.aux.in_eval):
+    if _wants_aux(target, case.train):
         names.append("aux_loss")
     if "z_loss" in target.features:
         names.append("z_loss")
@@ -397,6 +402,10 @@ def check_target(target: Target) -> list[str]:
     allowed = target.limits.get("activation", {}).get("one_of")
     if allowed is not None and activation not in allowed:
         raise InputError(f"dialect {dialect.name} has the activation {activation}, which LIMITS does not allow ({', '.join(allowed)})")
+    if "own_capacity" in target.features and "external" in (dialect.capacity.float, dialect.capacity.multiple_of):
+        raise InputError(
+            f"dialect {dialect.name}: capacity.float or capacity.multiple_of is a setting of the run; declare it to be judged on own_capacity"
+        )
     useless = {
         "aux_loss": not dialect.aux.available or dialect.aux.form != "product",
         "noise": dialect.noise.kind == "none" or dialect.noise.when == "never",

@@ -46,11 +46,14 @@ def _constants(path: Path) -> tuple[list[str], str | None]:
     except (SyntaxError, ValueError) as error:
         return [], f"not a Python file: {_one_line(error)}"
     for node in tree.body:
-        if isinstance(node, ast.Assign) and any(isinstance(target, ast.Name) and target.id == "REQUIRES" for target in node.targets):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        if any(isinstance(target, ast.Name) and target.id == "REQUIRES" for target in targets):
             try:
-                return [str(name) for name in ast.literal_eval(node.value)], None
+                requires = ast.literal_eval(node.value)  # type: ignore[attr-defined]
             except (ValueError, TypeError):
-                return [], "REQUIRES should be a list of names"
+                requires = None
+            is_list = isinstance(requires, (list, tuple)) and all(isinstance(name, str) for name in requires)
+            return (list(requires), None) if is_list else ([], "REQUIRES should be a list of names")
     return [], None
 
 
@@ -68,7 +71,7 @@ def _import(path: Path) -> Any:
 def _labels(module: Any) -> dict[str, Any]:
     adapters = getattr(module, "ADAPTERS", None)
     if adapters is not None:
-        return dict(adapters)
+        return {str(label): layer for label, layer in dict(adapters).items()}
     layer = getattr(module, "switch_layer", None)
     return {} if layer is None else {"switch_layer": layer}
 

@@ -72,13 +72,9 @@ def _replayed(knob: str, value: object, target: Target, prepared: Prepared, outp
     return Prepared(prepared.recipe, Case(scalars, arrays)), target._replace(dialect=dialect), outputs
 
 
-def _failing(verdicts: Verdicts) -> set[tuple[str, str]]:
-    return {(check.clause, check.output) for check in verdicts.checks if not check.ok}
-
-
 def _left(knob: str, value: object, target: Target, verdict: Verdicts, outputs: Outputs) -> set[tuple[str, str]]:
     """Return what still fails, or fails anew, under another value."""
-    return _failing(judge_case(*_replayed(knob, value, target, verdict.case, outputs)))
+    return judge_case(*_replayed(knob, value, target, verdict.case, outputs)).failing
 
 
 def diagnose(finding: Finding, verdicts: Sequence[Verdicts], outputs: dict[str, Outputs], target: Target) -> list[Diagnosis]:
@@ -90,14 +86,14 @@ def diagnose(finding: Finding, verdicts: Sequence[Verdicts], outputs: dict[str, 
     clauses = {check.clause for check in finding.checks}
     names = sorted({check.case for check in finding.checks if check.case in by_case}, key=lambda name: (by_case[name].case.case.x.size, name))
     failing = [by_case[name] for name in names[:CASES_REPLAYED]]
-    right = sorted((verdict for verdict in verdicts if not _failing(verdict)), key=lambda verdict: (verdict.case.case.x.size, verdict.case.name))
+    right = sorted((verdict for verdict in verdicts if not verdict.failing), key=lambda verdict: (verdict.case.case.x.size, verdict.case.name))
     tagged = [verdict for verdict in right if verdict.case.recipe.tags]
     controls = [*tagged[: CONTROLS_REPLAYED - 1], *right[:1]]
     found = []
     for knob, value, says, stage in alternatives(target.dialect):
         left = [_left(knob, value, target, verdict, outputs[verdict.case.name]) for verdict in failing]
         explained = [
-            not any(clause in clauses for clause, _ in remaining) and remaining <= _failing(verdict)
+            not any(clause in clauses for clause, _ in remaining) and remaining <= verdict.failing
             for remaining, verdict in zip(left, failing, strict=True)
         ]
         # Where nothing is ever dropped a case has a slot for everyone, so a case with fewer slots cannot speak against that value.

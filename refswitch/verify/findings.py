@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from refswitch.config import rounding_points
 from refswitch.numbers.precision import FORMATS
 from refswitch.spec_data import knobs_of, load_clauses
 from refswitch.verify.cases import Target
@@ -116,8 +117,9 @@ def applies(clause: dict[str, Any], target: Target) -> bool:
         return False
     if clause.get("feature") == "noise" and target.dialect.noise.kind == "none":
         return False
-    storage = target.profile.storage
-    narrow = min(FORMATS[name].precision for name in (storage.out, storage.hidden, storage.expert_out, storage.gate)) < FORMATS["float32"].precision
+    points = rounding_points(target.dialect, target.profile)
+    stored = (points.out, points.hidden, points.expert_out, points.gate)
+    narrow = any(format.precision < FORMATS["float32"].precision for format in stored)
     return narrow or clause.get("profile") != "narrow"
 
 
@@ -138,8 +140,8 @@ def statuses(
         if not applies(clause, target):
             continue
         own = [check for check in checks if check.clause == name]
-        if not own and clause.get("exports") and (name not in ("S-STATE-1", "S-STATE-2")):
-            outputs = set(clause["exports"]) | {clause.get("through", "")}
+        if not own and "through" in clause:
+            outputs = {*clause["exports"], clause["through"]}
             own = [check for check in checks if check.output in outputs and (clause.get("feature") != "noise" or "noise" in tags[check.case])]
             own = [check for check in own if name not in ("S-PAD-2",) or "padding" in tags[check.case]]
         sound = [check for check in own if check.ok or name in blamed]
@@ -154,10 +156,14 @@ def statuses(
         elif set(clause.get("exports", [])) & set(missing):
             promised = ", ".join(output for output in clause["exports"] if output in missing)
             result[name] = ClauseStatus("inconclusive", count, worst, f"{clause['feature']} is declared, but {promised} not returned")
+        elif not own and clause.get("exports") == ["out"]:
+            result[name] = ClauseStatus("inconclusive", 0, 0.0, "no case could be decided")
         elif not own:
             result[name] = ClauseStatus("unsupported", 0, 0.0, f"{' and '.join(clause.get('exports', ['nothing']))} not returned")
         elif not sound:
             result[name] = ClauseStatus("inconclusive", 0, 0.0, "every case that could tell fails for a reason that stands above")
+        elif not any(check.decisive for check in sound):
+            result[name] = ClauseStatus("inconclusive", count, worst, "the declared profile allows any value here")
         elif "needs" in clause and clause["needs"] not in evidence:
             result[name] = ClauseStatus("inconclusive", count, worst, f"no case met: {clause['needs'].replace('_', ' ')}")
         elif name == "S-ROUTE-3" and ambiguous > AMBIGUITY_BUDGET:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refswitch.numbers.precision import FORMATS, Format, is_stored, spacing
+from refswitch.numbers.precision import FORMATS, Format, round_to, spacing
 from refswitch.reference.capacity import Route
 from refswitch.verify import layer as stages
 from refswitch.verify import tubes
@@ -55,6 +55,7 @@ class Check(NamedTuple):
     got: float
     expected: float
     radius: float
+    decisive: int = 1  # elements whose radius is below the largest value: where there is none, anything would have passed
 
     @property
     def ok(self) -> bool:
@@ -72,6 +73,13 @@ class Verdicts:
     tokens: int = 0
     ulps: dict[str, list[float]] = field(default_factory=dict)  # radius in units in the last place of the stored format
     evidence: set[str] = field(default_factory=set)  # regimes that were really met
+
+    is_undecided: bool = False  # nothing behind the choice was judged
+
+    @property
+    def failing(self) -> set[tuple[str, str]]:
+        """What failed: clause and output."""
+        return {(check.clause, check.output) for check in self.checks if not check.ok}
 
     @property
     def forward_fails(self) -> bool:
@@ -113,6 +121,7 @@ def compare(verdicts: Verdicts, clause: str, stage: str, output: str, got: np.nd
             got=float(got[index]) if has_element else 0.0,
             expected=float(tube.value[index]) if has_element else 0.0,
             radius=float(tube.radius[index]) if has_element else 0.0,
+            decisive=int((mask & ((tube.radius < np.max(np.abs(tube.value), initial=0.0)) | (tube.radius == 0.0))).sum()),
         )
     )
     return not len(bad)
@@ -218,8 +227,7 @@ def _check_formats(verdicts: Verdicts, layer: Layer, outputs: Outputs, kept_GS: 
     }
     for output, (format, looked_at) in declared.items():
         if output in outputs and format.precision < FORMATS["float32"].precision:
-            on_grid = is_stored(np.asarray(outputs[output], np.float64), format)
-            compare(verdicts, "S-PREC-1", "precision", output, on_grid, exact(np.ones(on_grid.shape)), looked_at)
+            compare(verdicts, "S-PREC-1", "precision", output, outputs[output], exact(round_to(outputs[output], format)), looked_at)
 
 
 def _check_experts(verdicts: Verdicts, layer: Layer, path: Path, outputs: Outputs) -> None:
@@ -318,9 +326,10 @@ def _judge(verdicts: Verdicts, layer: Layer, outputs: Outputs) -> Verdicts:
     if uncertain_GS.any():
         guess = guess_choices(layer, expert_GS, uncertain_GS, scores, probs, logits, x_expert, outputs)
         expert_GS, options_GSE = guess.expert_GS, guess.options_GSE
-        if not guess.is_searched:
-            return verdicts
+        verdicts.is_undecided = not guess.is_searched
     if layer.target.dialect.select.rule == "ntlb" and not order_is_certain(layer, scores):
+        verdicts.is_undecided = True
+    if verdicts.is_undecided:
         return verdicts
     gate = stages.gate_stage(layer, probs, logits, expert_GS)
     route = _checked_route(verdicts, layer, outputs, expert_GS, gate, scores)

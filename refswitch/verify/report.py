@@ -70,6 +70,12 @@ def _number(value: float) -> float | str:
     return value if math.isfinite(value) else ("inf" if value > 0 else "-inf")
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return _number(value) if isinstance(value, float) else value
+
+
 def as_json(report: Report) -> dict[str, Any]:
     """Return the report in the contract's form. Spec: contract 4."""
     findings = []
@@ -96,8 +102,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "refswitch": __version__,
         "spec": SPEC_VERSION,
         "target": report.target,
-        "dialect": asdict(report.dialect) if report.dialect else {},
-        "profile": asdict(report.profile) if report.profile else {},
+        "dialect": _finite(asdict(report.dialect)) if report.dialect else {},
+        "profile": _finite(asdict(report.profile)) if report.profile else {},
         "tier": report.options.tier,
         "seed": report.options.seed,
         "seconds": round(report.seconds, 3),

@@ -82,7 +82,7 @@ def expected_route(layer: Layer, expert_GS: np.ndarray, gate_GS: np.ndarray, sco
 
 def kept_is_forced(layer: Layer) -> bool:
     """Whether the dialect's priority leaves no freedom in who is kept."""
-    return layer.target.dialect.priority in ("position", "random")
+    return layer.target.dialect.priority in ("position", "random") or layer.target.dialect.select.rule == "ntlb"
 
 
 def claims_per_expert(layer: Layer, expert_GS: np.ndarray, E: int) -> np.ndarray:

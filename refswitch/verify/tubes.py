@@ -130,7 +130,7 @@ def contract(subscripts: str, a: Tube, b: Tube, arithmetic: Arithmetic, terms: n
     count = np.asarray(terms) + len(plus)
     with np.errstate(invalid="ignore"):
         rounding = np.where(magnitude > 0.0, kappa(count, arithmetic) * magnitude, 0.0)  # 0 * inf where the bound is vacuous
-    return Tube(value, _up(carried + rounding + count * arithmetic.tiny))
+    return Tube(value, _up(carried + rounding + np.where(magnitude > 0.0, count * arithmetic.tiny, 0.0)))
 
 
 def multiply(a: Tube, b: Tube, arithmetic: Arithmetic) -> Tube:
