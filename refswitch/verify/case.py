@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-SCALARS = ("capacity", "capacity_factor", "top_k", "train", "activation", "wants")
 INPUTS = {
     "x": "GSD", "w_router": "DE", "b_router": "E", "w_in": "EDF", "w_gate": "EDF", "w_out": "EFD", "b_in": "EF", "b_gate": "EF",
     "b_out": "ED", "noise": "GS*", "select_noise": "GSE", "priority": "GS", "hidden_mask": "GSF", "valid": "GS", "dout": "GSD",

@@ -33,6 +33,8 @@ class Path(NamedTuple):
     expertise: stages.Expertise
     expert_out_GSD: Tube
     out_GSD: Tube
+    own_expertise: stages.Expertise  # with the implementation's own hidden, where it exports it
+    own_expert_out_GSD: Tube  # the implementation's own, where it exports it
 
 
 def pick(exported: np.ndarray | None, computed: Tube, looked_at: np.ndarray) -> Tube:
@@ -56,7 +58,7 @@ def follow(layer: Layer, route: Route, probs: Tube, logits: Tube, x_expert: Tube
     expert_out = stages.expert_out_stage(layer, conditioned, route)
     own_out = pick(outputs.get("expert_out"), expert_out, kept_GS)
     out = stages.out_stage(layer, own_out, gate, x_expert, route)
-    return Path(route, gate, expertise, expert_out, out)
+    return Path(route, gate, expertise, expert_out, out, conditioned, own_out)
 
 
 class Guess(NamedTuple):

@@ -347,12 +347,10 @@ def _judge(verdicts: Verdicts, layer: Layer, outputs: Outputs) -> Verdicts:
     counts, lse_GS, weight_GS = _check_losses(verdicts, layer, probs, logits, scores, route, options_GSE, outputs)
     _note_evidence(verdicts, layer, route)
     if "dout" in prepared.case and (options_GSE.sum(axis=-1) == 1).all():
-        hidden = path.expertise.hidden_GECF
-        if "hidden" in outputs:
-            hidden = stages.pack_tube(exact(np.where(route.kept_GS[..., None], outputs["hidden"], 0.0)), route, scores.value.shape[-1])
-        expertise = path.expertise._replace(hidden_GECF=hidden)
-        own_out = pick(outputs.get("expert_out"), path.expert_out_GSD, route.kept_GS)
         backward_probs = probs if layer.points.choice == layer.points.probs else stages.probs_stage(layer, logits)
-        forward = Forward(x_router, x_expert, raw, logits, backward_probs, path.gate_GS, route, expertise, own_out, counts, lse_GS, weight_GS)
+        forward = Forward(
+            x_router, x_expert, raw, logits, backward_probs, path.gate_GS, route, path.own_expertise, path.own_expert_out_GSD,
+            counts, lse_GS, weight_GS,
+        )  # fmt: skip
         _check_gradients(verdicts, layer, forward, outputs)
     return verdicts

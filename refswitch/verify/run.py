@@ -1,8 +1,7 @@
 # May import: standard library, numpy, refswitch.spec_data, refswitch.config, refswitch.verify (below).
 """A judgement from an adapter's file to a report.
 
-`describe` lists a file's adapters; `judge_adapter` runs one of them on the tier's cases in its own process and judges what comes back.
-
+`judge_file` starts a process for each of a file's adapters; `judge_adapter` runs one of them on the tier's cases and judges what comes back.
 """
 
 from __future__ import annotations
@@ -87,18 +86,6 @@ def target_of(declared: Mapping[str, Any], options: Options) -> Target:
     dialect = load_dialect(parse_record(options.dialect) if options.dialect else declared["dialect"])
     profile = load_profile(parse_record(options.profile) if options.profile else declared["profile"])
     return Target(dialect, profile, frozenset(features), dict(limits))
-
-
-def describe(path: Path, name: str, options: Options) -> tuple[AdapterProcess, list[dict[str, Any]]]:
-    """Start the file's process; return it and its adapters' descriptions.
-
-    Raises
-    ------
-    AdapterFailure, AdapterMissing
-        If it cannot be imported, or a package that it requires is not installed.
-    """
-    process = AdapterProcess(path, name, options.deadline_s)
-    return process, process.adapters
 
 
 def _state_check(name: str, clause: str, coordinates: dict[str, int], output: str, failing: int, elements: int) -> Check:
@@ -212,14 +199,14 @@ def judge_file(path: Path, name: str, shown: str, options: Options, progress: Pr
         done(report)
 
     try:
-        process, described = describe(path, name, options)
+        process = AdapterProcess(path, name, options.deadline_s)
     except AdapterMissing as missing:
         finish(Report(shown, "not run", options, why=str(missing)))
         return reports
     except AdapterFailure as failure:
         finish(Report(shown, "error", options, why=str(failure)))
         return reports
-    for number, declared in enumerate(described):
+    for number, declared in enumerate(process.adapters):
 
         def advance(done_cases: int, total: int, what: str, declared: dict[str, Any] = declared) -> None:
             progress(done_cases, total, f"{declared['label']}: {what}")
