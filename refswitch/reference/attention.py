@@ -1,0 +1,98 @@
+# May import: standard library, numpy.
+"""Attention: T5's, without 1/sqrt(K) (the initialisation of w_query has it), with a bias per head and a mask.
+
+Paper: the T5 body. Self-attention passes the same tokens twice, cross-attention the encoder's output as memory. Next: `feed_forward`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class AttentionParams(NamedTuple):
+    """Four matrices, no biases; gradients use the same type."""
+
+    w_query_DHK: np.ndarray
+    w_key_DHK: np.ndarray
+    w_value_DHK: np.ndarray
+    w_out_HKD: np.ndarray
+
+
+class AttentionSaved(NamedTuple):
+    """What attention's backward needs."""
+
+    x_BLD: np.ndarray
+    memory_BMD: np.ndarray
+    query_BLHK: np.ndarray
+    key_BMHK: np.ndarray
+    value_BMHK: np.ndarray
+    probs_BHLM: np.ndarray
+    factor_BHLM: np.ndarray  # dropout on the probabilities, already scaled
+    mixed_BLHK: np.ndarray  # left operand of dw_out
+
+
+def allowed_pairs(query_segment_BL: np.ndarray, memory_segment_BM: np.ndarray, causal: bool) -> np.ndarray:
+    """Return allowed_BLM, which memory each query may see.
+
+    Segments are the numbers of the packed sequences, 0 is padding: a query sees its own segment alone, and nobody sees padding.
+    """
+    same_BLM = query_segment_BL[:, :, None] == memory_segment_BM[:, None, :]
+    allowed_BLM = same_BLM & (memory_segment_BM != 0)[:, None, :]
+    L, M = allowed_BLM.shape[1:]
+    return allowed_BLM & (np.arange(M) <= np.arange(L)[:, None]) if causal else allowed_BLM
+
+
+def masked_softmax(scores_BHLM: np.ndarray, allowed_BLM: np.ndarray) -> np.ndarray:
+    """Return probs_BHLM, exactly 0 where hidden; a query that sees nothing (padding) has zeros, not NaN.
+
+    The tempting -1e9 gives such a query the mean of what it may not see.
+    """
+    allowed_B1LM = allowed_BLM[:, None]
+    max_BHL1 = np.max(scores_BHLM, axis=-1, keepdims=True, where=allowed_B1LM, initial=-np.inf)
+    shifted_BHLM = np.where(allowed_B1LM, scores_BHLM - np.where(np.isfinite(max_BHL1), max_BHL1, 0.0), -np.inf)
+    exp_BHLM = np.exp(shifted_BHLM)
+    total_BHL1 = exp_BHLM.sum(axis=-1, keepdims=True)
+    return exp_BHLM / np.where(total_BHL1 > 0.0, total_BHL1, 1.0)
+
+
+def attention_forward(
+    x_BLD: np.ndarray,
+    memory_BMD: np.ndarray,
+    bias_HLM: np.ndarray,
+    params: AttentionParams,
+    allowed_BLM: np.ndarray,
+    factor_BHLM: np.ndarray,
+) -> tuple[np.ndarray, AttentionSaved]:
+    """Return out_BLD, the memory's values mixed by softmax(query key + bias)."""
+    query_BLHK = np.einsum("bld,dhk->blhk", x_BLD, params.w_query_DHK)  # F1
+    key_BMHK = np.einsum("bmd,dhk->bmhk", memory_BMD, params.w_key_DHK)  # F2
+    value_BMHK = np.einsum("bmd,dhk->bmhk", memory_BMD, params.w_value_DHK)  # F3
+    scores_BHLM = np.einsum("blhk,bmhk->bhlm", query_BLHK, key_BMHK) + bias_HLM  # F4
+    probs_BHLM = masked_softmax(scores_BHLM, allowed_BLM)  # F5
+    mixed_BLHK = np.einsum("bhlm,bmhk->blhk", probs_BHLM * factor_BHLM, value_BMHK)  # F6
+    out_BLD = np.einsum("blhk,hkd->bld", mixed_BLHK, params.w_out_HKD)  # F7
+    return out_BLD, AttentionSaved(x_BLD, memory_BMD, query_BLHK, key_BMHK, value_BMHK, probs_BHLM, factor_BHLM, mixed_BLHK)
+
+
+def attention_backward(
+    dout_BLD: np.ndarray, saved: AttentionSaved, params: AttentionParams
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, AttentionParams]:
+    """Return dx_BLD, dmemory_BMD, dbias_HLM and the parameters' gradients; self-attention adds the first two."""
+    dw_out_HKD = np.einsum("blhk,bld->hkd", saved.mixed_BLHK, dout_BLD)  # B7
+    dmixed_BLHK = np.einsum("bld,hkd->blhk", dout_BLD, params.w_out_HKD)  # B7
+    dvalue_BMHK = np.einsum("bhlm,blhk->bmhk", saved.probs_BHLM * saved.factor_BHLM, dmixed_BLHK)  # B6
+    dprobs_BHLM = np.einsum("blhk,bmhk->bhlm", dmixed_BLHK, saved.value_BMHK) * saved.factor_BHLM  # B6
+    mean_BHL1 = np.sum(saved.probs_BHLM * dprobs_BHLM, axis=-1, keepdims=True)
+    dscores_BHLM = saved.probs_BHLM * (dprobs_BHLM - mean_BHL1)  # B5
+    dbias_HLM = dscores_BHLM.sum(axis=0)  # B4
+    dquery_BLHK = np.einsum("bhlm,bmhk->blhk", dscores_BHLM, saved.key_BMHK)  # B4
+    dkey_BMHK = np.einsum("bhlm,blhk->bmhk", dscores_BHLM, saved.query_BLHK)  # B4
+    dw_value_DHK = np.einsum("bmd,bmhk->dhk", saved.memory_BMD, dvalue_BMHK)  # B3
+    dmemory_value_BMD = np.einsum("bmhk,dhk->bmd", dvalue_BMHK, params.w_value_DHK)  # B3
+    dw_key_DHK = np.einsum("bmd,bmhk->dhk", saved.memory_BMD, dkey_BMHK)  # B2
+    dmemory_key_BMD = np.einsum("bmhk,dhk->bmd", dkey_BMHK, params.w_key_DHK)  # B2
+    dw_query_DHK = np.einsum("bld,blhk->dhk", saved.x_BLD, dquery_BLHK)  # B1
+    dx_BLD = np.einsum("blhk,dhk->bld", dquery_BLHK, params.w_query_DHK)  # B1
+    return dx_BLD, dmemory_key_BMD + dmemory_value_BMD, dbias_HLM, AttentionParams(dw_query_DHK, dw_key_DHK, dw_value_DHK, dw_out_HKD)

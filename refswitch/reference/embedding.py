@@ -1,0 +1,45 @@
+# May import: standard library, numpy.
+"""Embedding: a token's row of the table, and the table's other use as the logits' matrix.
+
+Paper: the T5 body; v1.0 ties the logits to the table and scales them by D**-0.5, v1.1 has a matrix of its own. Next: `norm`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def embed_forward(tokens_BL: np.ndarray, embedding_VD: np.ndarray) -> np.ndarray:
+    """Return x_BLD, the row of each token."""
+    return embedding_VD[tokens_BL]  # F1
+
+
+def embed_backward(dx_BLD: np.ndarray, tokens_BL: np.ndarray, V: int) -> np.ndarray:
+    """Return dembedding_VD: a token that occurs twice adds twice."""
+    dembedding_VD = np.zeros((V, dx_BLD.shape[-1]))
+    np.add.at(dembedding_VD, tokens_BL, dx_BLD)  # B1
+    return dembedding_VD
+
+
+def tied_logits_forward(x_BLD: np.ndarray, embedding_VD: np.ndarray) -> np.ndarray:
+    """Return logits_BLV, each token's product with every row of the table, times D**-0.5 (T5 v1.0)."""
+    scaled_BLD = x_BLD * x_BLD.shape[-1] ** -0.5  # F1
+    return scaled_BLD @ embedding_VD.T  # F2
+
+
+def tied_logits_backward(dlogits_BLV: np.ndarray, x_BLD: np.ndarray, embedding_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return dx_BLD and dembedding_VD."""
+    scale = x_BLD.shape[-1] ** -0.5
+    dscaled_BLD = dlogits_BLV @ embedding_VD  # B2
+    dembedding_VD = np.einsum("blv,bld->vd", dlogits_BLV, x_BLD * scale)  # B2
+    return dscaled_BLD * scale, dembedding_VD  # B1
+
+
+def logits_forward(x_BLD: np.ndarray, w_logits_DV: np.ndarray) -> np.ndarray:
+    """Return logits_BLV by a matrix of its own, unscaled (T5 v1.1)."""
+    return x_BLD @ w_logits_DV  # F1
+
+
+def logits_backward(dlogits_BLV: np.ndarray, x_BLD: np.ndarray, w_logits_DV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return dx_BLD and dw_logits_DV."""
+    return dlogits_BLV @ w_logits_DV.T, np.einsum("bld,blv->dv", x_BLD, dlogits_BLV)  # B1
