@@ -33,13 +33,14 @@ class AttentionSaved(NamedTuple):
     mixed_BLHK: np.ndarray  # left operand of dw_out
 
 
-def allowed_pairs(query_segment_BL: np.ndarray, memory_segment_BM: np.ndarray, causal: bool) -> np.ndarray:
+def allowed_pairs(query_segment_BL: np.ndarray, memory_segment_BM: np.ndarray, memory_valid_BM: np.ndarray, causal: bool) -> np.ndarray:
     """Return allowed_BLM, which memory each query may see.
 
-    Segments are the numbers of the packed sequences, 0 is padding: a query sees its own segment alone, and nobody sees padding.
+    Segments number the packed sequences: a query sees its own segment alone, and nobody sees padding. Padding as a segment of its own sees
+    nothing (Mesh TensorFlow); padding that keeps its row's segment sees what the row sees (Hugging Face), and routers read the difference.
     """
     same_BLM = query_segment_BL[:, :, None] == memory_segment_BM[:, None, :]
-    allowed_BLM = same_BLM & (memory_segment_BM != 0)[:, None, :]
+    allowed_BLM = same_BLM & memory_valid_BM[:, None, :]
     L, M = allowed_BLM.shape[1:]
     return allowed_BLM & (np.arange(M) <= np.arange(L)[:, None]) if causal else allowed_BLM
 

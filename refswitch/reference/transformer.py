@@ -92,13 +92,15 @@ class StackNoise(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One batch. Segments number packed sequences from 1; 0 is padding. Positions count inside each segment."""
+    """One batch. Segments number the packed sequences of a row; positions are those of the row, whose differences are all that counts."""
 
     encoder_tokens_BM: np.ndarray
     encoder_segment_BM: np.ndarray
+    encoder_valid_BM: np.ndarray  # False marks padding
     encoder_position_M: np.ndarray
     decoder_tokens_BL: np.ndarray  # the targets, shifted right
     decoder_segment_BL: np.ndarray
+    decoder_valid_BL: np.ndarray
     decoder_position_L: np.ndarray
     targets_BL: np.ndarray
     weight_BL: np.ndarray
@@ -227,22 +229,24 @@ def stack_forward(
     memory_BMD: np.ndarray,
     params: StackParams,
     segment_BL: np.ndarray,
+    valid_BL: np.ndarray,
     memory_segment_BM: np.ndarray,
+    memory_valid_BM: np.ndarray,
     position_L: np.ndarray,
     noise: StackNoise,
     statics: StackStatics,
 ) -> tuple[StackOutputs, StackSaved]:
     """Run every block and the last norm on embedded tokens. The encoder has no memory: it gets its own tokens and ignores them."""
     bucket_LL = position_buckets(position_L, position_L, params.position_UH.shape[0], statics.max_distance, not statics.causal)
-    allowed_BLL = allowed_pairs(segment_BL, segment_BL, statics.causal)
-    allowed_BLM = allowed_pairs(segment_BL, memory_segment_BM, causal=False)
+    allowed_BLL = allowed_pairs(segment_BL, segment_BL, valid_BL, statics.causal)
+    allowed_BLM = allowed_pairs(segment_BL, memory_segment_BM, memory_valid_BM, causal=False)
     bias_HLL = position_bias_forward(params.position_UH, bucket_LL)  # F1
     x_BLD = x_BLD * noise.embedded_BLD  # F2
     stream, saved = [x_BLD], []
     switches: list[SwitchOutputs] = []
     for block, block_noise in zip(params.blocks, noise.blocks, strict=True):
         x_BLD, outputs, block_saved = block_forward(
-            x_BLD, memory_BMD, bias_HLL, block, allowed_BLL, allowed_BLM, segment_BL != 0, block_noise, statics
+            x_BLD, memory_BMD, bias_HLL, block, allowed_BLL, allowed_BLM, valid_BL, block_noise, statics
         )  # F3
         stream.append(x_BLD)
         switches.extend(outputs)
@@ -300,15 +304,15 @@ def pool_balance(outputs: StackOutputs, saved: StackSaved, valid_BL: np.ndarray,
 def model_forward(batch: Batch, params: ModelParams, noise: tuple[StackNoise, StackNoise], statics: ModelStatics) -> tuple[ModelOutputs, ModelSaved]:
     """Compute logits and the objective: cross-entropy + aux_coef * aux + z_coef * z."""
     encoder_x_BMD = embed_forward(batch.encoder_tokens_BM, params.embedding_VD)  # F1
+    encoder_marks = batch.encoder_segment_BM, batch.encoder_valid_BM
     encoder, encoder_saved = stack_forward(
-        encoder_x_BMD, encoder_x_BMD, params.encoder, batch.encoder_segment_BM, batch.encoder_segment_BM, batch.encoder_position_M,
-        noise[0], statics.encoder,
-    )  # F2  # fmt: skip
+        encoder_x_BMD, encoder_x_BMD, params.encoder, *encoder_marks, *encoder_marks, batch.encoder_position_M, noise[0], statics.encoder
+    )  # F2
     decoder_x_BLD = embed_forward(batch.decoder_tokens_BL, params.embedding_VD)  # F3
+    decoder_marks = batch.decoder_segment_BL, batch.decoder_valid_BL
     decoder, decoder_saved = stack_forward(
-        decoder_x_BLD, encoder.out_BLD, params.decoder, batch.decoder_segment_BL, batch.encoder_segment_BM, batch.decoder_position_L,
-        noise[1], statics.decoder,
-    )  # F4  # fmt: skip
+        decoder_x_BLD, encoder.out_BLD, params.decoder, *decoder_marks, *encoder_marks, batch.decoder_position_L, noise[1], statics.decoder
+    )  # F4
     if params.w_logits_DV is None:
         logits_BLV = tied_logits_forward(decoder.out_BLD, params.embedding_VD)  # F5
     else:
@@ -326,8 +330,8 @@ def model_forward(batch: Batch, params: ModelParams, noise: tuple[StackNoise, St
     z_encoder, z_decoder = (sum(float(switch.z_loss) for switch in stack.switches) for stack in (encoder, decoder))
     z_loss = z_shares[0] * z_encoder + z_shares[1] * z_decoder
     if pooling == "average_then_product":
-        encoder_aux, encoder_saved = pool_balance(encoder, encoder_saved, batch.encoder_segment_BM != 0, statics.encoder)
-        decoder_aux, decoder_saved = pool_balance(decoder, decoder_saved, batch.decoder_segment_BL != 0, statics.decoder)
+        encoder_aux, encoder_saved = pool_balance(encoder, encoder_saved, batch.encoder_valid_BM, statics.encoder)
+        decoder_aux, decoder_saved = pool_balance(decoder, decoder_saved, batch.decoder_valid_BL, statics.decoder)
         aux_loss = encoder_aux + decoder_aux
     objective = cross_entropy + statics.aux_coef * aux_loss + statics.z_coef * z_loss  # F7
     outputs = ModelOutputs(logits_BLV, Losses(cross_entropy, aux_loss, z_loss, objective), encoder, decoder)

@@ -1,0 +1,2 @@
+# May import: nothing.
+"""Formats of whole models: Hugging Face's Switch and T5 tensors, and ours."""
