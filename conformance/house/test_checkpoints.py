@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from conformance.house import hf_model
 from conformance.test_model_peer import SHAPES
 from refswitch.checkpoints.folder import read_folder
 from refswitch.checkpoints.hugging_face import check_tensors, params_from, tensors_from
+from refswitch.checkpoints.hugging_face_config import config_from, read_config
 from refswitch.errors import InputError
 
 
@@ -74,3 +76,27 @@ def test_check_tensors__rejects_by_name(fault: str) -> None:
         check_tensors(tensors, config)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.kind}-{shape.seed}")
+def test_read_config__says_what_the_peer_is(tmp_path: Path, shape: hf_model.Shape) -> None:
+    """Sizes, placement of the sparse layers and form, from the file that the peer writes."""
+    peer = hf_model.peer_of(shape)
+    peer.save_pretrained(tmp_path)
+    told = dataclasses.replace(read_config(tmp_path), name="random", expert_dropout=0.0)
+    assert told == hf_model.config_of(shape, peer)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"model_type": "bert"}, "model_type is 'bert'"),
+        ({"model_type": "t5", "d_model": "512"}, "d_model is '512'"),
+        ({"model_type": "t5", "d_model": -1}, "d_model is -1"),
+        ({"model_type": "t5", "feed_forward_proj": "swish"}, "activation is 'swish'"),
+    ],
+)
+def test_config_from__rejects(content: dict[str, object], says: str) -> None:
+    """One line that names the field."""
+    with pytest.raises(InputError, match=says):
+        config_from(content, "made up")

@@ -1,0 +1,108 @@
+# May import: standard library, refswitch.model_config, refswitch.errors.
+"""Hugging Face's `config.json` of a Switch or T5 model, read as a `ModelConfig`; what it leaves out is its class's default."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from refswitch.errors import InputError
+from refswitch.model_config import Activation, ModelConfig
+
+# what each class computes where its file is silent
+COMMON: dict[str, Any] = {
+    "vocab_size": 32128, "d_kv": 64, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "dropout_rate": 0.1,
+    "layer_norm_epsilon": 1e-6,
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "switch_transformers": COMMON | {
+        "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "num_experts": 8, "num_sparse_encoder_layers": 3,
+        "num_sparse_decoder_layers": 3, "dense_act_fn": "relu", "tie_word_embeddings": True,
+    },
+    "t5": COMMON | {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "mt5": COMMON | {"vocab_size": 250112, "d_model": 512, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"},
+}  # fmt: skip
+ACTIVATIONS: dict[str, tuple[Activation, bool]] = {
+    "relu": ("relu", False),
+    "gated-gelu": ("gelu_tanh", True),  # its "gelu" is the tanh form where gated
+    "gated-silu": ("silu", True),
+    "gelu": ("gelu_erf", False),
+    "gelu_new": ("gelu_tanh", False),
+    "silu": ("silu", False),
+}
+
+
+def sparse_of(layers: int, sparse: int) -> tuple[int, ...]:
+    """Return which layers Hugging Face makes sparse: every step-th from the second on, where step = layers // sparse.
+
+    With `sparse` = 0 its step is the number of layers, which is meant to give none and gives the second layer.
+    """
+    step = layers // sparse if sparse > 0 else layers
+    return tuple(i for i in range(layers) if step > 0 and (i % step == 1 or step == 1))
+
+
+def config_from(content: dict[str, Any], name: str) -> ModelConfig:
+    """Return the model that a config describes.
+
+    Raises
+    ------
+    InputError
+        Where it is of another kind, or a field has a value that refswitch does not know.
+    """
+    kind = content.get("model_type")
+    if kind not in DEFAULTS:
+        raise InputError(f"config {name}: model_type is {kind!r}, and should be one of {', '.join(DEFAULTS)}")
+    read = DEFAULTS[kind] | {key: value for key, value in content.items() if value is not None}
+    for key in (
+        "vocab_size",
+        "d_model",
+        "d_kv",
+        "d_ff",
+        "num_layers",
+        "num_heads",
+        "relative_attention_num_buckets",
+        "relative_attention_max_distance",
+    ):
+        if isinstance(read[key], bool) or not isinstance(read[key], int):
+            raise InputError(f"config {name}: {key} is {read[key]!r}, and should be an integer")
+    act = read["dense_act_fn" if kind == "switch_transformers" else "feed_forward_proj"]
+    if act not in ACTIVATIONS:
+        raise InputError(f"config {name}: the activation is {act!r}, and should be one of {', '.join(ACTIVATIONS)}")
+    if read.get("router_bias"):
+        raise InputError(f"config {name}: router_bias is set, and a router's bias cannot be read yet")
+    activation, is_gated = ACTIVATIONS[act]
+    encoder_layers, decoder_layers = read["num_layers"], read.get("num_decoder_layers", read["num_layers"])
+    is_switch = kind == "switch_transformers"
+    encoder_sparse = sparse_of(encoder_layers, read["num_sparse_encoder_layers"]) if is_switch else ()
+    decoder_sparse = sparse_of(decoder_layers, read["num_sparse_decoder_layers"]) if is_switch else ()
+    # transformers 5 writes tie_word_embeddings=true for every T5 and says with scale_decoder_outputs what the model computes; mT5 never ties
+    tied = bool(read.get("scale_decoder_outputs", read.get("tie_word_embeddings"))) and kind != "mt5"
+    return ModelConfig(
+        name=name, vocabulary=read["vocab_size"], d_model=read["d_model"], d_kv=read["d_kv"], heads=read["num_heads"], d_ff=read["d_ff"],
+        encoder_layers=encoder_layers, decoder_layers=decoder_layers, encoder_sparse=encoder_sparse, decoder_sparse=decoder_sparse,
+        experts=read["num_experts"] if is_switch and (encoder_sparse or decoder_sparse) else 0,
+        activation=activation, gated=is_gated, tied=tied, position_buckets=read["relative_attention_num_buckets"],
+        max_distance=read["relative_attention_max_distance"], norm_epsilon=read["layer_norm_epsilon"], dropout=read["dropout_rate"],
+        expert_dropout=read["dropout_rate"] if is_switch else 0.0, dialect="hf_ge_5_18",
+    )  # fmt: skip
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Return the model that `config.json` of a folder describes.
+
+    Raises
+    ------
+    InputError
+        As `config_from`; also where there is no such file or it is no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config {path}: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"config {path}: is not JSON") from None
+    if not isinstance(content, dict):
+        raise InputError(f"config {path}: should be a JSON object")
+    return config_from(content, folder.name)
