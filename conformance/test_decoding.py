@@ -36,7 +36,8 @@ def test_decode__greedy_equals_generate(shape: hf_model.Shape) -> None:
         max_new_tokens=LENGTH, do_sample=False, num_beams=1, use_cache=shape.layers[1] <= shape.layers[0],
     ).numpy()[:, 1:]  # fmt: skip
     is_clear_BL = np.cumprod(margin_BL > MARGIN, axis=1)[:, : theirs.shape[1]] == 1
-    assert np.mean(is_clear_BL) > 0.5
+    print(f"{np.sum(~is_clear_BL)} of {is_clear_BL.size} tokens came at or after a margin below {MARGIN} and were not compared")
+    assert np.mean(is_clear_BL) > 0.9
     assert np.array_equal(ours_BL[:, : theirs.shape[1]][is_clear_BL], theirs[is_clear_BL])
 
 

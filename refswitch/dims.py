@@ -23,4 +23,6 @@ LETTERS = {
     "R": "ranks",
     "N": "slots one expert serves: R * C",
     "U": "position buckets",
+    "W": "beams",
+    "J": "candidates of one step of beam search",
 }
