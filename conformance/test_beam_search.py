@@ -15,6 +15,7 @@ import torch
 
 from conformance.house import hf_model
 from conformance.test_model_peer import SHAPES
+from refswitch.model_setup import no_noise
 from refswitch.reference import beam_search as module
 from refswitch.reference.beam_search import beam_search, length_penalty, log_softmax
 from refswitch.reference.decoding import decode
@@ -43,8 +44,8 @@ def setting(number: int) -> Setting:
     peer = hf_model.peer_of(shape)
     config = hf_model.config_of(shape, peer)
     params, batch = hf_model.params_of(peer, config), hf_model.batch_of(shape)
-    statics = hf_model.statics_of(shape, config, has_router_losses=False)
-    outputs, _ = model_forward(batch, params, hf_model.no_noise(params, batch), statics)
+    statics = hf_model.statics_of(shape, config)
+    outputs, _ = model_forward(batch, params, hf_model.no_noise(shape, params, config), statics)
     return Setting(shape, peer, params, batch, statics, outputs.encoder.out_BLD)
 
 
@@ -101,7 +102,7 @@ def test_beam_search__finds_the_best_where_no_beam_is_lost() -> None:
     statics = it.statics.decoder._replace(groups=B * V)
     end = frequent_token(it)
     found, _ = beam_search(it.memory_BMD, it.batch.encoder_valid_BM, it.params, statics, V, 2, start=0, end=end, pad=0, alpha=0.6, rule="wu")
-    noise = hf_model.no_noise(it.params, it.batch._replace(targets_BL=np.zeros((B, 2), int)))
+    noise = no_noise(it.params, it.statics, B, it.shape.M, 2)
     best_B = np.full(B, -np.inf)
     for first in range(V):
         two_BL = np.tile([0, first], (B, 1))

@@ -25,8 +25,8 @@ def test_decode__greedy_equals_generate(shape: hf_model.Shape) -> None:
     peer = hf_model.peer_of(shape)
     config = hf_model.config_of(shape, peer)
     params, batch = hf_model.params_of(peer, config), hf_model.batch_of(shape)
-    statics = hf_model.statics_of(shape, config, has_router_losses=False)
-    outputs, _ = model_forward(batch, params, hf_model.no_noise(params, batch), statics)
+    statics = hf_model.statics_of(shape, config)
+    outputs, _ = model_forward(batch, params, hf_model.no_noise(shape, params, config), statics)
     ours_BL, margin_BL = decode(
         outputs.encoder.out_BLD, batch.encoder_valid_BM, params, statics.decoder, np.zeros((shape.B, LENGTH)), start=0, end=1, pad=0
     )
@@ -47,8 +47,8 @@ def test_decode_step__equals_the_whole_pass() -> None:
     peer = hf_model.peer_of(shape)
     config = hf_model.config_of(shape, peer)
     params, batch = hf_model.params_of(peer, config), hf_model.batch_of(shape)
-    statics = hf_model.statics_of(shape, config, has_router_losses=False)
-    outputs, _ = model_forward(batch, params, hf_model.no_noise(params, batch), statics)
+    statics = hf_model.statics_of(shape, config)
+    outputs, _ = model_forward(batch, params, hf_model.no_noise(shape, params, config), statics)
     cache = start_cache(outputs.encoder.out_BLD, batch.encoder_valid_BM, params)
     worst = 0.0
     for position in range(shape.L):

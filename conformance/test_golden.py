@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from refswitch.config import TRUTH, Capacity
-from refswitch.reference.capacity import arrival_order, capacity_in_eval, capacity_of, no_token_left_behind, slots_forward
+from refswitch.reference.capacity import arrival_order, capacity_in_eval, capacity_of, groups_of, no_token_left_behind, slots_forward
 from refswitch.reference.losses import balance_backward, balance_forward, counted_fraction, rows_of_mean, z_loss_forward
 from refswitch.reference.router import choices_in_order, choose, gate_forward, softmax_backward, softmax_forward
-from refswitch.spec_data import load_dialect, with_knob
+from refswitch.spec_data import load_dialect, parse_record, with_knob
 
 LOGITS_GSE = np.array([[[2, 1, 0], [2, 0, 1], [1.5, 1, 0], [0, 2, 1], [3, 0, 0], [0, 0, 2], [1, 0.5, 0], [2, 1.9, 0]]], dtype=np.float64)
 EXPERT = [0, 0, 0, 1, 0, 2, 0, 0]
@@ -170,3 +170,37 @@ def test_balance_loss__may_dip_below_one() -> None:
     count_GE = counted_fraction(route, route.expert_GS, everyone_GS, everyone_GS, 2, MESH.aux)
     value, _ = balance_forward(probs_GSE, count_GE, *rows_of_mean(everyone_GS, route.kept_GS, MESH.aux), everyone_GS, MESH.aux)
     assert value == 0.875
+
+
+@pytest.mark.parametrize(
+    ("name", "sequences", "length", "groups"),
+    [
+        ("mesh_tensorflow", 3, 500, 1),  # 1500 tokens stay together: the size is where the search starts, no bound
+        ("mesh_tensorflow", 1, 2047, 1),
+        ("mesh_tensorflow", 3, 1000, 2),
+        ("mesh_tensorflow,group.multiple_of=8", 8, 512, 8),
+        ("flax_masked_switch_base", 16, 8, 8),  # at least one group per expert
+        ("flax_masked_switch_base,group.size=8", 16, 8, 16),
+        ("hf_ge_5_18", 5, 7, 5),
+        ("hf_5_0_to_5_17", 5, 7, 1),
+        ("vmoe_top1,group.size=7", 5, 7, 5),
+        ("praxis_topk1,group.size=7", 5, 7, 7),
+    ],
+)
+def test_groups_of__golden(name: str, sequences: int, length: int, groups: int) -> None:
+    """How each rule cuts a batch, for 8 experts."""
+    assert groups_of(sequences, length, 8, load_dialect(parse_record(name)).group) == groups
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("flax_masked_switch_base", "35 tokens cannot be cut into a multiple of 8 groups"),
+        ("vmoe_top1,group.size=6", "cannot be cut evenly"),
+        ("vmoe_top1", "needs group.size"),
+    ],
+)
+def test_groups_of__rejects(name: str, says: str) -> None:
+    """What cannot be cut evenly is said, not rounded."""
+    with pytest.raises(ValueError, match=says):
+        groups_of(5, 7, 8, load_dialect(parse_record(name)).group)

@@ -14,7 +14,7 @@ import pytest
 
 from refswitch.config import TRUTH
 from refswitch.reference.attention import AttentionParams, allowed_pairs, masked_softmax
-from refswitch.reference.block import AttentionLayerParams, FeedForwardLayerParams, StackStatics
+from refswitch.reference.block import AttentionLayerParams, FeedForwardLayerParams, RouterNoise, StackStatics
 from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.feed_forward import FeedForwardParams
 from refswitch.reference.position import bucket_starts, position_buckets
@@ -90,8 +90,14 @@ def setup_of(name: str, tied: bool, denominator: str) -> Setup:
         return StackParams(blocks, draw(U, H), 1 + draw(D))
 
     def noise(N: int) -> StackNoise:
-        shapes = [(B, H, N, N), (B, N, D), (B, H, N, M), (B, N, D), (B, N, D), (B, N, F), (B, N, D)]
-        blocks = [BlockNoise(*[factor(*shape) for shape in shapes])._replace(router_BLD=1 + draw(B, N, D) / 99) for _ in range(2)]
+        def block() -> BlockNoise:
+            G = 3 if N == M else 2
+            router = RouterNoise(1 + draw(B, N, D) / 99, draw(B, N, E), draw(B, N, E), rng.permuted(np.tile(np.arange(B * N // G), (G, 1)), axis=1))
+            return BlockNoise(
+                factor(B, H, N, N), factor(B, N, D), factor(B, H, N, M), factor(B, N, D), router, factor(B, N, F), factor(B, N, D)
+            )  # fmt: skip
+
+        blocks = [block(), block()]
         return StackNoise(factor(B, N, D), tuple(blocks), factor(B, N, D))
 
     encoder_segment_BM = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 2]])
@@ -99,9 +105,12 @@ def setup_of(name: str, tied: bool, denominator: str) -> Setup:
     encoder = rng.integers(1, V, (B, M)), encoder_segment_BM, encoder_segment_BM != 0, np.arange(M)
     decoder = rng.integers(1, V, (B, L)), decoder_segment_BL, decoder_segment_BL != 0, np.arange(L)
     batch = Batch(*encoder, *decoder, rng.integers(1, V, (B, L)), (decoder_segment_BL != 0) * 1.0)
-    stacks = [StackStatics(dialect, TRUTH, "relu", 1e-6, 12, causal, groups, 3) for causal, groups in ((False, 3), (True, 2))]
+    stacks = [
+        StackStatics(dialect, TRUTH, "relu", 1e-6, 12, causal, groups, 3, 0.3 + causal / 8, 0.2 - causal / 8)
+        for causal, groups in ((False, 3), (True, 2))
+    ]
     params = ModelParams(draw(V, D), stack(False), stack(True), None if tied else draw(D, V))
-    return Setup(batch, params, (noise(M), noise(L)), ModelStatics(stacks[0], stacks[1], 0.3, 0.2, denominator, 0.1, 0.05))
+    return Setup(batch, params, (noise(M), noise(L)), ModelStatics(stacks[0], stacks[1], denominator, 0.1, 0.05))
 
 
 def routes_of(outputs: ModelOutputs) -> list[np.ndarray]:
@@ -135,12 +144,15 @@ def unexplained(setup: Setup, gradients: ModelParams) -> dict[str, float]:
     return found
 
 
-CASES = [("mesh_tensorflow", True, "targets"), ("flax_masked_switch_base", False, "weights"), ("hf_4_57", True, "weights")]
+CASES = [
+    ("mesh_tensorflow", True, "targets"), ("flax_masked_switch_base", False, "weights"), ("hf_4_57", True, "weights"),
+    ("keras_io", False, "targets"), ("labml_switch", True, "weights"), ("mesh_ntlb", True, "targets"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "tied", "denominator"), CASES)
 def test_model_backward__finite_difference(name: str, tied: bool, denominator: str) -> None:
-    """Every parameter, under summed, averaged and pooled balance losses."""
+    """Every parameter, under summed, averaged and pooled balance losses, noise on the logits, drawn priorities and second choices."""
     setup = setup_of(name, tied, denominator)
     _, saved = model_forward(setup.batch, setup.params, setup.noise, setup.statics)
     assert unexplained(setup, model_backward(1.0, saved, setup.params, setup.statics)) == {}

@@ -39,11 +39,8 @@ def compare(shape: Shape, plant: str = "") -> dict[str, float]:
     """Run both and return each distance over what is promised for it; `plant` breaks one thing on our side."""
     peer = hf_model.peer_of(shape)
     config = hf_model.config_of(shape, peer)
-    has_losses = shape.kind == "switch" and all(
-        step > 1 for step in (peer.encoder.config.encoder_sparse_step, peer.decoder.config.decoder_sparse_step)
-    )
     params, batch = hf_model.params_of(peer, config), hf_model.batch_of(shape)
-    statics, noise = hf_model.statics_of(shape, config, has_losses), hf_model.no_noise(params, batch)
+    statics, noise = hf_model.statics_of(shape, config), hf_model.no_noise(shape, params, config)
     if plant == "epsilon":
         statics = statics._replace(decoder=statics.decoder._replace(norm_epsilon=1e-5))
     if plant == "causal":
@@ -51,10 +48,10 @@ def compare(shape: Shape, plant: str = "") -> dict[str, float]:
     if plant == "capacity":
         statics = statics._replace(encoder=statics.encoder._replace(capacity=shape.capacity + 1))
     if plant == "aux":
-        statics = statics._replace(aux_coef=0.0)
+        statics = statics._replace(encoder=statics.encoder._replace(aux_coef=0.0))
     outputs, saved = model_forward(batch, params, noise, statics)
     gradients: ModelParams = model_backward(1.0, saved, params, statics)
-    logits, loss, theirs = hf_model.run_peer(peer, batch, has_losses)
+    logits, loss, theirs = hf_model.run_peer(peer, batch, shape.kind == "switch")
     ours = tensors_from(gradients)
     ours |= {name: ours["shared.weight"] for name in theirs if name.endswith("embed_tokens.weight")}
     assert theirs.keys() <= ours.keys()

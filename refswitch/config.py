@@ -194,11 +194,12 @@ class ExpertParallel:
 
 @dataclass(frozen=True)
 class Layers:
-    """Which feed-forward layers of a stack are sparse."""
+    """Which feed-forward layers of a stack are sparse, and whether a stack of sparse layers alone still adds its routers' losses."""
 
     rule: Literal["mod", "all"]
     step: int | External
     offset: int | External
+    losses_if_all: bool
 
 
 @dataclass(frozen=True)

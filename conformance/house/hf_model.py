@@ -13,12 +13,11 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 from transformers.models.switch_transformers import modeling_switch_transformers as switch_module
 
 from refswitch.checkpoints.hugging_face import params_from
-from refswitch.config import TRUTH
+from refswitch.checkpoints.hugging_face_config import DENSE_DIALECT, dialect_text
 from refswitch.model_config import ModelConfig
-from refswitch.reference.block import StackStatics
-from refswitch.reference.switch import SwitchParams
-from refswitch.reference.transformer import Batch, BlockNoise, ModelParams, ModelStatics, StackNoise
-from refswitch.spec_data import load_dialect
+from refswitch.model_setup import model_statics
+from refswitch.model_setup import no_noise as quiet
+from refswitch.reference.transformer import Batch, ModelParams, ModelStatics, StackNoise
 
 ROUTER_COEF = 0.25  # large, so that a fault in the routers' losses shows
 
@@ -104,19 +103,14 @@ def config_of(shape: Shape, peer: Any) -> ModelConfig:
         encoder_layers=shape.layers[0], decoder_layers=shape.layers[1],
         encoder_sparse=sparse_of(peer, "encoder"), decoder_sparse=sparse_of(peer, "decoder"),
         experts=shape.experts if shape.kind == "switch" else 0, activation="gelu_tanh" if shape.gated else "relu", gated=shape.gated,
-        tied=shape.tied, position_buckets=shape.U, max_distance=12, norm_epsilon=1e-6, dropout=0.0, expert_dropout=0.0, dialect="hf_ge_5_18",
+        tied=shape.tied, position_buckets=shape.U, max_distance=12, norm_epsilon=1e-6, dropout=0.0, expert_dropout=0.0,
+        dialect=dialect_text(shape.capacity, ROUTER_COEF, ROUTER_COEF, 0.0) if shape.kind == "switch" else DENSE_DIALECT,
     )  # fmt: skip
 
 
-def statics_of(shape: Shape, config: ModelConfig, has_router_losses: bool) -> ModelStatics:
+def statics_of(shape: Shape, config: ModelConfig) -> ModelStatics:
     """Return the statics under which refswitch computes what the peer does."""
-    dialect = load_dialect("hf_ge_5_18")
-    stacks = [
-        StackStatics(dialect, TRUTH, config.activation, config.norm_epsilon, config.max_distance, causal, shape.B, shape.capacity)
-        for causal in (False, True)
-    ]
-    coef = ROUTER_COEF if has_router_losses else 0.0
-    return ModelStatics(stacks[0], stacks[1], coef, coef, "weights", 0.0, 0.0)
+    return model_statics(config, shape.B, shape.M, shape.L, train=False)
 
 
 def batch_of(shape: Shape) -> Batch:
@@ -138,26 +132,16 @@ def batch_of(shape: Shape) -> Batch:
     return Batch(*encoder, decoder_tokens_BL, ones_BL, ones_BL == 1, np.arange(shape.L), targets_BL, weight_BL)
 
 
-def no_noise(params: ModelParams, batch: Batch) -> tuple[StackNoise, StackNoise]:
-    """Return factors of 1 everywhere."""
-    B, M = batch.encoder_tokens_BM.shape
-    D, noises = params.embedding_VD.shape[1], []
-    for stack, L in ((params.encoder, M), (params.decoder, batch.targets_BL.shape[1])):
-        H, blocks = stack.position_UH.shape[1], []
-        for block in stack.blocks:
-            layer = block.feed_forward.feed_forward
-            F = layer.experts.w_in_EDF.shape[2] if isinstance(layer, SwitchParams) else layer.w_in_DF.shape[1]
-            shapes = [(B, H, L, L), (B, L, D), (B, H, L, M), (B, L, D), (B, L, D), (B, L, F), (B, L, D)]
-            blocks.append(BlockNoise(*[np.ones(each) for each in shapes]))
-        noises.append(StackNoise(np.ones((B, L, D)), tuple(blocks), np.ones((B, L, D))))
-    return noises[0], noises[1]
+def no_noise(shape: Shape, params: ModelParams, config: ModelConfig) -> tuple[StackNoise, StackNoise]:
+    """Return the noise of a pass without any."""
+    return quiet(params, statics_of(shape, config), shape.B, shape.M, shape.L)
 
 
-def run_peer(peer: Any, batch: Batch, has_router_losses: bool) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+def run_peer(peer: Any, batch: Batch, is_switch: bool) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
     """Return the peer's logits, loss and gradients."""
     labels = np.where(batch.weight_BL == 1.0, batch.targets_BL, -100)
     peer.zero_grad()
-    extra = {"output_router_logits": True} if has_router_losses else {}
+    extra = {"output_router_logits": True} if is_switch else {}
     with patch.object(switch_module, "load_balancing_loss_func", _balance):
         outputs = peer(
             input_ids=torch.tensor(batch.encoder_tokens_BM), attention_mask=torch.tensor(batch.encoder_valid_BM.astype(int)),

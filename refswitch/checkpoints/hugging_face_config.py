@@ -18,7 +18,8 @@ COMMON: dict[str, Any] = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "switch_transformers": COMMON | {
         "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "num_experts": 8, "num_sparse_encoder_layers": 3,
-        "num_sparse_decoder_layers": 3, "dense_act_fn": "relu", "tie_word_embeddings": True,
+        "num_sparse_decoder_layers": 3, "dense_act_fn": "relu", "tie_word_embeddings": True, "expert_capacity": 64,
+        "router_aux_loss_coef": 0.001, "router_z_loss_coef": 0.001, "router_jitter_noise": 0.01,
     },
     "t5": COMMON | {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "feed_forward_proj": "relu", "tie_word_embeddings": True},
     "mt5": COMMON | {"vocab_size": 250112, "d_model": 512, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"},
@@ -31,6 +32,14 @@ ACTIVATIONS: dict[str, tuple[Activation, bool]] = {
     "gelu_new": ("gelu_tanh", False),
     "silu": ("silu", False),
 }
+
+
+DENSE_DIALECT = "hf_ge_5_18"  # of a model without sparse layers: never looked at
+
+
+def dialect_text(capacity: int, aux_coef: float, z_coef: float, jitter: float) -> str:
+    """Return the dialect that a Switch config describes: what the class computes, with the numbers that the file sets."""
+    return f"hf_ge_5_18,capacity.constant={capacity},aux.coef={aux_coef!r},z.coef={z_coef!r},noise.eps={jitter!r}"
 
 
 def sparse_of(layers: int, sparse: int) -> tuple[int, ...]:
@@ -76,6 +85,10 @@ def config_from(content: dict[str, Any], name: str) -> ModelConfig:
     is_switch = kind == "switch_transformers"
     encoder_sparse = sparse_of(encoder_layers, read["num_sparse_encoder_layers"]) if is_switch else ()
     decoder_sparse = sparse_of(decoder_layers, read["num_sparse_decoder_layers"]) if is_switch else ()
+    numbers = [read[key] for key in ("expert_capacity", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise")] if is_switch else []
+    if any(isinstance(number, bool) or not isinstance(number, int | float) or not number >= 0 for number in numbers):
+        raise InputError(f"config {name}: expert_capacity and the router's coefficients and jitter should be numbers that are not negative")
+    dialect = dialect_text(int(numbers[0]), *map(float, numbers[1:])) if is_switch else DENSE_DIALECT
     # transformers 5 writes tie_word_embeddings=true for every T5 and says with scale_decoder_outputs what the model computes; mT5 never ties
     tied = bool(read.get("scale_decoder_outputs", read.get("tie_word_embeddings"))) and kind != "mt5"
     return ModelConfig(
@@ -84,7 +97,7 @@ def config_from(content: dict[str, Any], name: str) -> ModelConfig:
         experts=read["num_experts"] if is_switch and (encoder_sparse or decoder_sparse) else 0,
         activation=activation, gated=is_gated, tied=tied, position_buckets=read["relative_attention_num_buckets"],
         max_distance=read["relative_attention_max_distance"], norm_epsilon=read["layer_norm_epsilon"], dropout=read["dropout_rate"],
-        expert_dropout=read["dropout_rate"] if is_switch else 0.0, dialect="hf_ge_5_18",
+        expert_dropout=read["dropout_rate"] if is_switch else 0.0, dialect=dialect,
     )  # fmt: skip
 
 

@@ -42,6 +42,17 @@ class StackStatics(NamedTuple):
     causal: bool
     groups: int  # routing groups into which the batch's tokens are cut, in order
     capacity: int  # slots of one expert in one group
+    aux_coef: float  # of this stack's balance loss in the objective
+    z_coef: float  # of this stack's router z-loss
+
+
+class RouterNoise(NamedTuple):
+    """A Switch layer's random draws as data; what the dialect does not read changes nothing."""
+
+    factor_BLD: np.ndarray  # on the router's input; 1 where there is no noise
+    term_BLE: np.ndarray  # on the logits; 0 where there is no noise
+    select_BLE: np.ndarray  # the draw or term that the dialect's rule of choice names
+    priority_GS: np.ndarray  # first served first, where the dialect draws it
 
 
 class AttentionLayerSaved(NamedTuple):
@@ -143,7 +154,7 @@ def switch_layer_forward(
     norm_D: np.ndarray,
     params: SwitchParams,
     valid_BL: np.ndarray,
-    noise_factor_BLD: np.ndarray,
+    noise: RouterNoise,
     hidden_BLF: np.ndarray,
     dropout_BLD: np.ndarray,
     statics: StackStatics,
@@ -159,10 +170,10 @@ def switch_layer_forward(
     inputs = SwitchInputs(
         x_GSD=normed_BLD.reshape(G, S, D),
         valid_GS=valid_BL.reshape(G, S),
-        noise_factor_GSD=noise_factor_BLD.reshape(G, S, D),
-        noise_term_GSE=np.zeros((G, S, E)),
-        select_noise_GSE=np.zeros((G, S, E)),
-        priority_GS=np.broadcast_to(np.arange(S), (G, S)),
+        noise_factor_GSD=noise.factor_BLD.reshape(G, S, D),
+        noise_term_GSE=noise.term_BLE.reshape(G, S, E),
+        select_noise_GSE=noise.select_BLE.reshape(G, S, E),
+        priority_GS=noise.priority_GS,
         hidden_mask_GSF=hidden_BLF.reshape(G, S, -1),
     )
     outputs, switch = switch_forward(inputs, params, _layer_statics(statics))  # F2

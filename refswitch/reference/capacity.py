@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refswitch.config import Capacity
+from refswitch.config import Capacity, Group
 
 
 class Route(NamedTuple):
@@ -63,6 +63,35 @@ def capacity_in_eval(S: int, E: int, rule: Capacity) -> int:
     if rule.eval_rule == "token_fraction":
         return max(math.ceil(Fraction(rule.eval_fraction) * S), rule.min)
     return capacity_of(S, E, rule.cf_eval, rule)
+
+
+def groups_of(sequences: int, length: int, E: int, rule: Group) -> int:
+    """Return into how many routing groups the tokens of a batch are cut, in order.
+
+    Spec: decisions (groups). Paper: 2.2 ("per core"). Mesh TensorFlow's size is no upper bound: it starts from tokens // size groups and goes
+    up until the groups are even, so that a group may hold nearly twice its size.
+
+    Raises
+    ------
+    ValueError
+        Where the rule cannot cut so many tokens evenly, or leaves its size to the run.
+    """
+    tokens = sequences * length
+    if rule.rule in ("sequence", "batch", "ep_world"):
+        return sequences if rule.rule == "sequence" else 1
+    multiple_of = 1 if rule.multiple_of == "external" else rule.multiple_of  # replicas: one process has one
+    multiple_of = multiple_of * E if rule.rule == "flax" else multiple_of
+    if rule.size == "external":
+        raise ValueError(f"group.rule {rule.rule} needs group.size")
+    if tokens % multiple_of:
+        raise ValueError(f"{tokens} tokens cannot be cut into a multiple of {multiple_of} groups: pad the batch")
+    if rule.rule in ("mesh", "flax"):
+        least = max(tokens // rule.size, multiple_of if rule.rule == "flax" else 1)
+        return next(groups for groups in range(least, tokens + 1) if groups % multiple_of == 0 and tokens % groups == 0)
+    groups = rule.size if rule.rule == "n_groups" else max(tokens // rule.size, 1)
+    if tokens % groups or (rule.rule == "fixed" and tokens % rule.size):
+        raise ValueError(f"{tokens} tokens cannot be cut evenly by group.rule {rule.rule} with group.size {rule.size}")
+    return groups
 
 
 def arrival_order(S: int, G: int) -> np.ndarray:

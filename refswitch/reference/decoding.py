@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refswitch.reference.attention import AttentionParams, masked_softmax
-from refswitch.reference.block import StackStatics, dense_layer_forward, switch_layer_forward
+from refswitch.reference.block import RouterNoise, StackStatics, dense_layer_forward, switch_layer_forward
 from refswitch.reference.embedding import embed_forward, logits_forward, tied_logits_forward
 from refswitch.reference.norm import norm_forward
 from refswitch.reference.position import position_bias_forward, position_buckets
@@ -80,7 +80,9 @@ def decode_step(token_B: np.ndarray, cache: Cache, params: ModelParams, statics:
         kept_BLD = np.ones_like(x_BLD)
         if isinstance(layer, SwitchParams):
             hidden_BLF = np.ones((B, 1, layer.experts.w_in_EDF.shape[2]))
-            x_BLD, _, _ = switch_layer_forward(x_BLD, norm_D, layer, valid_BL, kept_BLD, hidden_BLF, kept_BLD, statics)
+            none_BLE = np.zeros((B, 1, layer.w_router_DE.shape[1]))
+            quiet = RouterNoise(kept_BLD, none_BLE, none_BLE, np.broadcast_to(np.arange(B // statics.groups), (statics.groups, B // statics.groups)))
+            x_BLD, _, _ = switch_layer_forward(x_BLD, norm_D, layer, valid_BL, quiet, hidden_BLF, kept_BLD, statics)
         else:
             x_BLD, _ = dense_layer_forward(x_BLD, norm_D, layer, np.ones((B, 1, layer.w_in_DF.shape[1])), kept_BLD, statics)
     out_BLD, _ = norm_forward(x_BLD, decoder.norm_D, statics.norm_epsilon)

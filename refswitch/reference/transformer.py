@@ -19,6 +19,7 @@ from refswitch.reference.block import (
     AttentionLayerSaved,
     FeedForwardLayerParams,
     FeedForwardLayerSaved,
+    RouterNoise,
     StackStatics,
     SwitchLayerSaved,
     cross_attention_layer_backward,
@@ -72,13 +73,13 @@ class ModelParams(NamedTuple):
 
 
 class BlockNoise(NamedTuple):
-    """Dropout and router noise of one block as factors, already scaled; 1 where there is none."""
+    """Dropout of one block as factors, already scaled, 1 where there is none; and its router's noise."""
 
     self_probs_BHLL: np.ndarray
     self_out_BLD: np.ndarray
     cross_probs_BHLM: np.ndarray
     cross_out_BLD: np.ndarray
-    router_BLD: np.ndarray
+    router: RouterNoise
     hidden_BLF: np.ndarray
     out_BLD: np.ndarray
 
@@ -111,8 +112,6 @@ class ModelStatics(NamedTuple):
 
     encoder: StackStatics
     decoder: StackStatics
-    aux_coef: float
-    z_coef: float  # of the routers' z-loss
     loss_denominator: str  # "targets": every position; "weights": the sum of weights
     label_smoothing: float
     logits_z_coef: float
@@ -169,7 +168,7 @@ class ModelSaved(NamedTuple):
     decoder: StackSaved
     decoder_out_BLD: np.ndarray
     cross_entropy: CrossEntropySaved
-    aux_share: float  # weight of each layer's balance loss in the pooled one
+    aux_share: float  # weight of each layer's balance loss in its stack's
     z_shares: tuple[float, float]  # the same for the z-loss of an encoder's and a decoder's layer
 
 
@@ -197,7 +196,7 @@ def block_forward(
     norm_D, feed_forward = params.feed_forward
     if isinstance(feed_forward, SwitchParams):
         y_BLD, outputs, switch_saved = switch_layer_forward(
-            x2_BLD, norm_D, feed_forward, valid_BL, noise.router_BLD, noise.hidden_BLF, noise.out_BLD, statics
+            x2_BLD, norm_D, feed_forward, valid_BL, noise.router, noise.hidden_BLF, noise.out_BLD, statics
         )  # F3
         return y_BLD, (outputs,), BlockSaved(self_saved, cross_saved, switch_saved)
     y_BLD, dense_saved = dense_layer_forward(x2_BLD, norm_D, feed_forward, noise.hidden_BLF, noise.out_BLD, statics)  # F3
@@ -302,7 +301,7 @@ def pool_balance(outputs: StackOutputs, saved: StackSaved, valid_BL: np.ndarray,
 
 
 def model_forward(batch: Batch, params: ModelParams, noise: tuple[StackNoise, StackNoise], statics: ModelStatics) -> tuple[ModelOutputs, ModelSaved]:
-    """Compute logits and the objective: cross-entropy + aux_coef * aux + z_coef * z."""
+    """Compute logits and the objective: cross-entropy + the stacks' aux_coef * aux + z_coef * z."""
     encoder_x_BMD = embed_forward(batch.encoder_tokens_BM, params.embedding_VD)  # F1
     encoder_marks = batch.encoder_segment_BM, batch.encoder_valid_BM
     encoder, encoder_saved = stack_forward(
@@ -326,23 +325,25 @@ def model_forward(batch: Batch, params: ModelParams, noise: tuple[StackNoise, St
     aux_share = 1.0 / max(len(switches), 1) if pooling == "mean" else 1.0
     by_stack = (1.0 / max(len(encoder.switches), 1), 1.0 / max(len(decoder.switches), 1))
     z_shares = by_stack if pooling == "average_then_product" else (aux_share, aux_share)
-    aux_loss = aux_share * sum(float(switch.aux_loss) for switch in switches)
-    z_encoder, z_decoder = (sum(float(switch.z_loss) for switch in stack.switches) for stack in (encoder, decoder))
-    z_loss = z_shares[0] * z_encoder + z_shares[1] * z_decoder
+    aux_encoder, aux_decoder = (aux_share * sum(float(switch.aux_loss) for switch in stack.switches) for stack in (encoder, decoder))
     if pooling == "average_then_product":
-        encoder_aux, encoder_saved = pool_balance(encoder, encoder_saved, batch.encoder_valid_BM, statics.encoder)
-        decoder_aux, decoder_saved = pool_balance(decoder, decoder_saved, batch.decoder_valid_BL, statics.decoder)
-        aux_loss = encoder_aux + decoder_aux
-    objective = cross_entropy + statics.aux_coef * aux_loss + statics.z_coef * z_loss  # F7
-    outputs = ModelOutputs(logits_BLV, Losses(cross_entropy, aux_loss, z_loss, objective), encoder, decoder)
+        aux_encoder, encoder_saved = pool_balance(encoder, encoder_saved, batch.encoder_valid_BM, statics.encoder)
+        aux_decoder, decoder_saved = pool_balance(decoder, decoder_saved, batch.decoder_valid_BL, statics.decoder)
+    z_encoder = z_shares[0] * sum(float(switch.z_loss) for switch in encoder.switches)
+    z_decoder = z_shares[1] * sum(float(switch.z_loss) for switch in decoder.switches)
+    weighted_encoder = statics.encoder.aux_coef * aux_encoder + statics.encoder.z_coef * z_encoder
+    weighted_decoder = statics.decoder.aux_coef * aux_decoder + statics.decoder.z_coef * z_decoder
+    objective = cross_entropy + weighted_encoder + weighted_decoder  # F7
+    losses = Losses(cross_entropy, aux_encoder + aux_decoder, z_encoder + z_decoder, objective)
+    outputs = ModelOutputs(logits_BLV, losses, encoder, decoder)
     return outputs, ModelSaved(batch, noise, encoder_saved, decoder_saved, decoder.out_BLD, cross_entropy_saved, aux_share, z_shares)
 
 
 def model_backward(dobjective: float, saved: ModelSaved, params: ModelParams, statics: ModelStatics) -> ModelParams:
     """Return the gradient of the objective in every parameter."""
     batch, V = saved.batch, params.embedding_VD.shape[0]
-    daux = dobjective * statics.aux_coef * saved.aux_share  # B7
-    dz_encoder, dz_decoder = (dobjective * statics.z_coef * share for share in saved.z_shares)  # B7
+    daux_encoder, daux_decoder = (dobjective * stack.aux_coef * saved.aux_share for stack in (statics.encoder, statics.decoder))  # B7
+    dz_encoder, dz_decoder = dobjective * statics.encoder.z_coef * saved.z_shares[0], dobjective * statics.decoder.z_coef * saved.z_shares[1]  # B7
     dlogits_BLV = cross_entropy_backward(dobjective, saved.cross_entropy)  # B6
     if params.w_logits_DV is None:
         dout_BLD, dembedding_logits_VD = tied_logits_backward(dlogits_BLV, saved.decoder_out_BLD, params.embedding_VD)  # B5
@@ -351,11 +352,11 @@ def model_backward(dobjective: float, saved: ModelSaved, params: ModelParams, st
         dout_BLD, dw_logits_DV = logits_backward(dlogits_BLV, saved.decoder_out_BLD, params.w_logits_DV)  # B5
         dembedding_logits_VD = np.zeros_like(params.embedding_VD)
     ddecoder_x_BLD, dmemory_BMD, ddecoder = stack_backward(
-        dout_BLD, daux, dz_decoder, saved.decoder, params.decoder, saved.noise[1], statics.decoder
+        dout_BLD, daux_decoder, dz_decoder, saved.decoder, params.decoder, saved.noise[1], statics.decoder
     )  # B4
     dembedding_decoder_VD = embed_backward(ddecoder_x_BLD, batch.decoder_tokens_BL, V)  # B3
     dencoder_x_BMD, _, dencoder = stack_backward(
-        np.asarray(dmemory_BMD), daux, dz_encoder, saved.encoder, params.encoder, saved.noise[0], statics.encoder
+        np.asarray(dmemory_BMD), daux_encoder, dz_encoder, saved.encoder, params.encoder, saved.noise[0], statics.encoder
     )  # B2
     dembedding_encoder_VD = embed_backward(dencoder_x_BMD, batch.encoder_tokens_BM, V)  # B1
     return ModelParams(dembedding_logits_VD + dembedding_decoder_VD + dembedding_encoder_VD, dencoder, ddecoder, dw_logits_DV)
