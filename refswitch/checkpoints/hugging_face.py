@@ -1,4 +1,4 @@
-# May import: standard library, numpy, refswitch.reference, refswitch.model_config, refswitch.errors.
+# May import: standard library, numpy, refswitch.reference, refswitch.checkpoints (below), refswitch.model_config, refswitch.errors.
 """Hugging Face's names for the parameters of a Switch or T5 model, both ways.
 
 A linear layer is stored there as (out, in) and here as (in, out). A tied model's table may be stored under up to four names; they must agree.
@@ -6,10 +6,15 @@ A linear layer is stored there as (out, in) and here as (in, out). A tied model'
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
+from refswitch.checkpoints.folder import check_shapes, new_folder, write_tensors
+from refswitch.checkpoints.hugging_face_config import content_of
+from refswitch.checkpoints.template import template_of
 from refswitch.errors import InputError
 from refswitch.model_config import ModelConfig
 from refswitch.reference.attention import AttentionParams
@@ -22,38 +27,6 @@ from refswitch.reference.transformer import BlockParams, ModelParams, StackParam
 COPIES_OF_EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
-def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor that a checkpoint of this model must hold."""
-    D, F, V, inner = config.d_model, config.d_ff, config.vocabulary, config.heads * config.d_kv
-    is_switch = config.experts > 0
-    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (V, D)}
-    if not config.tied:
-        shapes["lm_head.weight"] = (V, D)
-    feed_forward = {"wi_0": (F, D), "wi_1": (F, D), "wo": (D, F)} if config.gated else {"wi": (F, D), "wo": (D, F)}
-    attention = {"q": (inner, D), "k": (inner, D), "v": (inner, D), "o": (D, inner)}
-    for stack, layers, sparse in (
-        ("encoder", config.encoder_layers, config.encoder_sparse),
-        ("decoder", config.decoder_layers, config.decoder_sparse),
-    ):
-        shapes[f"{stack}.final_layer_norm.weight"] = (D,)
-        shapes[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (config.position_buckets, config.heads)
-        names = ["SelfAttention", "EncDecAttention"] if stack == "decoder" else ["SelfAttention"]
-        for i in range(layers):
-            for number, name in enumerate([*names, "feed forward"]):
-                layer = f"{stack}.block.{i}.layer.{number}"
-                shapes[f"{layer}.layer_norm.weight"] = (D,)
-                if name != "feed forward":
-                    shapes |= {f"{layer}.{name}.{matrix}.weight": shape for matrix, shape in attention.items()}
-                elif i in sparse:
-                    shapes[f"{layer}.mlp.router.classifier.weight"] = (config.experts, D)
-                    for e in range(config.experts):
-                        shapes |= {f"{layer}.mlp.experts.expert_{e}.{matrix}.weight": shape for matrix, shape in feed_forward.items()}
-                else:
-                    home = "mlp" if is_switch else "DenseReluDense"
-                    shapes |= {f"{layer}.{home}.{matrix}.weight": shape for matrix, shape in feed_forward.items()}
-    return shapes
-
-
 def check_tensors(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> None:
     """Refuse what is not exactly this model.
 
@@ -62,21 +35,12 @@ def check_tensors(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Non
     InputError
         Naming the first tensor that is missing, extra, misshapen or not finite, or a copy of the embedding that differs from it.
     """
-    shapes = _expected_shapes(config)
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise InputError(f"checkpoint: tensor {name} of shape {shape} is missing")
-        if tensors[name].shape != shape:
-            raise InputError(f"checkpoint: tensor {name} has shape {tensors[name].shape}, but by the config it should be {shape}")
-        if not np.all(np.isfinite(tensors[name])):
-            raise InputError(f"checkpoint: tensor {name} has values that are not finite")
+    shapes = {name: tensor.shape for name, tensor in tensors_from(template_of(config)).items()}
     copies = (*COPIES_OF_EMBEDDING, "lm_head.weight") if config.tied else COPIES_OF_EMBEDDING
-    for name in tensors:
-        if name in copies and name not in shapes:
-            if not np.array_equal(tensors[name], tensors["shared.weight"]):
-                raise InputError(f"checkpoint: tensor {name} should be a copy of shared.weight, but differs from it")
-        elif name not in shapes:
-            raise InputError(f"checkpoint: tensor {name} has no place in the model that the config describes")
+    check_shapes({name: tensor for name, tensor in tensors.items() if name not in copies or name in shapes}, shapes)
+    for name in copies:
+        if name in tensors and name not in shapes and not np.array_equal(tensors[name], tensors["shared.weight"]):
+            raise InputError(f"checkpoint: tensor {name} should be a copy of shared.weight, but differs from it")
 
 
 def params_from(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> ModelParams:
@@ -176,4 +140,21 @@ def tensors_from(params: ModelParams) -> dict[str, np.ndarray]:
                     write_dense(f"{last}.mlp.experts.expert_{e}", layer.experts.w_in_EDF[e], gate_DF, layer.experts.w_out_EFD[e])
             else:
                 write_dense(f"{last}.{'mlp' if is_switch else 'DenseReluDense'}", *layer)
-    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    return tensors
+
+
+def write_hugging_face(folder: Path, config: ModelConfig, params: ModelParams, storage: str, shard_bytes: int) -> None:
+    """Write a model into a new folder as `transformers` reads it.
+
+    Raises
+    ------
+    InputError
+        Where its classes have no such model, the folder exists already or cannot be written, or a value does not fit the storage format.
+    """
+    content = content_of(config) | {"dtype": storage}
+    tensors = tensors_from(params)
+    if config.experts and not config.tied:  # an untied Switch of transformers 5 reads three tables
+        tensors |= dict.fromkeys(COPIES_OF_EMBEDDING, tensors["shared.weight"])
+    with new_folder(folder) as beside:
+        write_tensors(beside, tensors, storage, shard_bytes)
+        (beside / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-# May import: standard library, refswitch.model_config, refswitch.errors.
+# May import: standard library, refswitch.spec_data, refswitch.model_config, refswitch.errors.
 """Hugging Face's `config.json` of a Switch or T5 model, read as a `ModelConfig`; what it leaves out is its class's default."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any
 
 from refswitch.errors import InputError
 from refswitch.model_config import Activation, ModelConfig
+from refswitch.spec_data import load_dialect, parse_record
 
 # what each class computes where its file is silent
 COMMON: dict[str, Any] = {
@@ -99,6 +100,49 @@ def config_from(content: dict[str, Any], name: str) -> ModelConfig:
         max_distance=read["relative_attention_max_distance"], norm_epsilon=read["layer_norm_epsilon"], dropout=read["dropout_rate"],
         expert_dropout=read["dropout_rate"] if is_switch else 0.0, dialect=dialect,
     )  # fmt: skip
+
+
+def content_of(config: ModelConfig) -> dict[str, Any]:
+    """Return the content of `config.json` for a model: a Switch where it has sparse layers, else a T5.
+
+    A Switch whose dialect is not Hugging Face's is written with the numbers that its class takes by default: there no rule of capacity can be said.
+
+    Raises
+    ------
+    InputError
+        Where no such class computes this model.
+    """
+    forms = {value: key for key, value in ACTIVATIONS.items()}
+    form = forms.get((config.activation, config.gated))
+    if form is None or (config.experts and config.gated):
+        kind = "gated " * config.gated + config.activation
+        raise InputError(f"model {config.name}: Hugging Face has no {'Switch' if config.experts else 'T5'} with experts or layers of {kind}")
+    content: dict[str, Any] = {
+        "vocab_size": config.vocabulary, "d_model": config.d_model, "d_kv": config.d_kv, "d_ff": config.d_ff, "num_heads": config.heads,
+        "num_layers": config.encoder_layers, "num_decoder_layers": config.decoder_layers, "dropout_rate": config.dropout,
+        "relative_attention_num_buckets": config.position_buckets, "relative_attention_max_distance": config.max_distance,
+        "layer_norm_epsilon": config.norm_epsilon, "tie_word_embeddings": config.tied, "is_encoder_decoder": True, "decoder_start_token_id": 0,
+        "pad_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    if not config.experts:
+        return {
+            "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "feed_forward_proj": form, "scale_decoder_outputs": config.tied,
+        } | content  # fmt: skip
+    counts = []
+    for stack, layers, sparse in (
+        ("encoder", config.encoder_layers, config.encoder_sparse),
+        ("decoder", config.decoder_layers, config.decoder_sparse),
+    ):
+        count = next((number for number in (*range(1, layers + 1), 0) if sparse_of(layers, number) == sparse), None)
+        if count is None:
+            raise InputError(f"model {config.name}: Hugging Face cannot place sparse layers {sparse} in the {stack}, of {layers} layers")
+        counts.append(count)
+    dialect = load_dialect(parse_record(config.dialect))
+    content |= {"num_experts": config.experts, "num_sparse_encoder_layers": counts[0], "num_sparse_decoder_layers": counts[1]}
+    if dialect.capacity.expr == "const":
+        content |= {"expert_capacity": dialect.capacity.constant, "router_jitter_noise": dialect.noise.eps}
+        content |= {"router_aux_loss_coef": dialect.aux.coef, "router_z_loss_coef": dialect.z.coef}
+    return {"architectures": ["SwitchTransformersForConditionalGeneration"], "model_type": "switch_transformers", "dense_act_fn": form} | content
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -79,6 +79,21 @@ def verify(
     raise typer.Exit(_status_of(lambda: run_verify(door)))
 
 
+@app.command(epilog="Example: `refswitch convert google/switch-base-8 mine` or `refswitch convert mine for_transformers --storage bfloat16`")
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder of ours, a Hugging Face folder, or a hub name OWNER/NAME[@REVISION].", show_default=False)],
+    dest: Annotated[Path, typer.Argument(help="The new folder.", show_default=False)],
+    to: Annotated[Optional[str], typer.Option(help="refswitch or hugging-face; without it, the one that the source is not.")] = None,
+    storage: Annotated[Optional[str], typer.Option(help="float64, float32, float16 or bfloat16; without it, the source's widest.")] = None,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Largest file in megabytes; a larger model is cut into shards.")] = 5000,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Convert a checkpoint between refswitch and Hugging Face (Switch and T5, safetensors)."""
+    from refswitch.cli.convert import Door, run_convert
+
+    raise typer.Exit(_status_of(lambda: run_convert(Door(source, dest, to, storage, shard_mb, quiet))))
+
+
 def _status_of(command: Callable[[], int]) -> int:
     """Run a command; turn a caller's mistake into one line and status 2, an interruption into status 130."""
     try:

@@ -1,2 +1,2 @@
 # May import: standard library, numpy.
-"""Number formats and rounding; reading order: `precision`."""
+"""Number formats and rounding; reading order: `precision`, `bfloat16`, `philox`, `rational`."""
