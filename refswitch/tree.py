@@ -37,4 +37,4 @@ def with_leaves(tree: T, arrays: Mapping[str, np.ndarray], prefix: str = "") -> 
         return arrays[prefix]  # type: ignore[return-value]
     names = getattr(tree, "_fields", range(len(tree)))
     values = [with_leaves(value, arrays, f"{prefix}{'.' * bool(prefix)}{name}") for name, value in zip(names, tree, strict=True)]
-    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)  # type: ignore[call-arg]
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)

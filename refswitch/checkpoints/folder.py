@@ -114,7 +114,7 @@ def storage_of(folder: Path) -> str:
     found = set()
     for shard in shards:
         try:
-            with safetensors.safe_open(folder / shard, framework="numpy") as file:  # type: ignore[no-untyped-call]
+            with safetensors.safe_open(folder / shard, framework="numpy") as file:
                 found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dictionary
         except OSError:
             raise InputError(f"checkpoint {folder / shard}: No such file or directory") from None
