@@ -14,7 +14,8 @@ absolute terms of its derivative:
     renormalise    c / (sum c + eps);     back (d + sum g d) / total        from (d - sum g d) / total
     activation     L z;                   back L d                          |act(z)| <= L |z|, |act'| <= L
     log_sum_exp    |max| + |log total| + 1;  back d p
-    quotient       a / b;                 back d / b, d a / b^2
+    softplus       its value and sigmoid(z) z_size;  back d sigmoid(z)
+    quotient       a / b + |a| b_size / b^2;  back d / b, d a / b^2
     normal_cdf     Phi(z);                back d phi(z) (1 + |z| z_size)    the density's own error is |z| times that of its argument
     cv_squared     mean((x + m)^2) / (m^2 + eps), and the derivative's terms likewise
 """
@@ -74,7 +75,7 @@ def _cv_squared(x: Tensor, epsilon: float) -> Tensor:
 EXACT: dict[str, Callable[..., Tensor]] = {
     "softmax": _softmax,
     "renormalise": lambda c: c / (c.sum(dim=-1, keepdim=True) + EPSILON),
-    "activation": lambda z, name: ACTIVATIONS[name](z),
+    "activation": lambda z, kind: ACTIVATIONS[kind](z),
     "log_sum_exp": lambda logits: torch.logsumexp(logits, dim=-1),
     "softplus": functional.softplus,
     "minus": lambda a, b: a - b,
@@ -120,11 +121,17 @@ def _absolute_cv_squared(met: list[Tensor], sizes: list[Tensor], epsilon: float)
 ABSOLUTE: dict[str, Callable[..., tuple[Tensor, Pull]]] = {
     "softmax": _absolute_softmax,
     "renormalise": _absolute_renormalise,
-    "activation": lambda met, sizes, name: (STEEPEST[name] * sizes[0], lambda d: (STEEPEST[name] * d,)),
+    "activation": lambda met, sizes, kind: (STEEPEST[kind] * sizes[0], lambda d: (STEEPEST[kind] * d,)),
     "log_sum_exp": _absolute_log_sum_exp,
-    "softplus": lambda met, sizes: (functional.softplus(met[0]), lambda d: (d * torch.sigmoid(met[0]),)),
+    "softplus": lambda met, sizes: (
+        functional.softplus(met[0]) + torch.sigmoid(met[0]) * sizes[0],
+        lambda d: (d * torch.sigmoid(met[0]),),
+    ),
     "minus": lambda met, sizes: (sizes[0] + sizes[1], lambda d: (d, d)),
-    "quotient": lambda met, sizes: (sizes[0] / met[1], lambda d: (d / met[1], d * sizes[0] / met[1] ** 2)),
+    "quotient": lambda met, sizes: (
+        (sizes[0] + met[0].abs() * sizes[1] / met[1]) / met[1],
+        lambda d: (d / met[1], d * sizes[0] / met[1] ** 2),
+    ),
     "normal_cdf": _absolute_normal_cdf,
     "cv_squared": _absolute_cv_squared,
 }
@@ -181,9 +188,9 @@ def _experts(x_GECD: Tensor, mask_GECF: Tensor, leaves: Values, settings: dict[s
         return torch.einsum("gecd,edf->gecf", x_GECD, leaves[f"w_{kind}"]) + leaves[f"b_{kind}"][:, None]
 
     if "w_gate" in leaves:
-        hidden_GECF = call("activation", branch("gate"), name=settings["activation"]) * branch("in")
+        hidden_GECF = call("activation", branch("gate"), kind=settings["activation"]) * branch("in")
     else:
-        hidden_GECF = call("activation", branch("in"), name=settings["activation"])
+        hidden_GECF = call("activation", branch("in"), kind=settings["activation"])
     return torch.einsum("gecf,efd->gecd", hidden_GECF * mask_GECF, leaves["w_out"]) + leaves["b_out"][:, None]
 
 
@@ -301,7 +308,7 @@ def switch_attention(leaves: Values, data: Values, facts: Values, settings: dict
     held_GSEC = chosen_GSE[..., None] * one_hot(facts["slot"], C)[..., None, :] * facts["kept"][..., None, None]
     z_GECF = torch.einsum("gsec,gsd,edf->gecf", held_GSEC, x_GSD, leaves["w_in"])
     mask_GECF = torch.einsum("gsec,gsf->gecf", held_GSEC, data["hidden_mask"])
-    hidden_GECF = call("activation", z_GECF, name=settings["activation"]) * mask_GECF
+    hidden_GECF = call("activation", z_GECF, kind=settings["activation"]) * mask_GECF
     combine_GSEC = held_GSEC * gate_GS[..., None, None]
     query, key = (torch.einsum("gsec,gecf,efhk->gshk", combine_GSEC, hidden_GECF, leaves[name]).reshape(B, L, H, K) for name in ("w_query", "w_key"))
     scores_BHLM = torch.einsum("blhk,bmhk->bhlm", query / math.sqrt(K), key) + leaves["bias"]

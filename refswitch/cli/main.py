@@ -94,6 +94,28 @@ def convert(
     raise typer.Exit(_status_of(lambda: run_convert(Door(source, dest, to, storage, shard_mb, quiet))))
 
 
+@app.command(
+    name="compare-model", epilog="Example: `refswitch compare-model google/switch-base-8` or `refswitch compare-model my_folder --length 64 -v`"
+)
+def compare_model(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="A Hugging Face folder, or a hub name OWNER/NAME[@REVISION].", show_default=False)],
+    rows: Annotated[int, typer.Option(min=1, max=1024, help="Sequences; the last of several is padded.")] = 2,
+    length: Annotated[int, typer.Option(min=3, max=4096, help="Tokens of an encoder's sequence; the decoder's has two fewer.")] = 13,
+    seed: Annotated[int, typer.Option(min=0, help="The tokens are drawn from it.")] = 0,
+    deadline: Annotated[float, typer.Option(min=1.0, max=86400.0, help="Seconds that transformers may take.")] = 600.0,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write every stage to this file as JSON.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print one line.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every stage.")] = False,
+) -> None:
+    """Run a Hugging Face Switch or T5 checkpoint in transformers and judge it stage by stage; name the first layer that differs.
+
+    Exit status: 0 every stage lies within its radius, 1 one does not, 2 otherwise.
+    """
+    from refswitch.cli.compare import Door, run_compare
+
+    raise typer.Exit(_status_of(lambda: run_compare(Door(source, rows, length, seed, deadline, json_file, quiet, verbose))))
+
+
 def _status_of(command: Callable[[], int]) -> int:
     """Run a command; turn a caller's mistake into one line and status 2, an interruption into status 130."""
     try:

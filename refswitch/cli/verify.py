@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from refswitch import SPEC_VERSION, __version__
-from refswitch.errors import InputError
+from refswitch.cli.files import check_writable, write_json
 from refswitch.spec_data import load_clauses, load_dialect, load_profile, parse_record
 from refswitch.verify.findings import Finding
 from refswitch.verify.report import Options, Report, as_json, exit_status, summary_of
@@ -123,27 +121,6 @@ def _print_table(console: Console, reports: Sequence[Report]) -> None:
         console.print("[dim]* with overrides of its own, named above[/]")
 
 
-def _check_writable(path: Path) -> None:
-    """Refuse before the work what could not be written after it."""
-    if not path.parent.is_dir():
-        raise InputError(f"--json {path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"--json {path}: cannot be written there")
-
-
-def write_json(reports: Sequence[Report], path: Path) -> None:
-    """Write one report, or the list of several, beside the file and rename it."""
-    content = [as_json(report) for report in reports]
-    text = json.dumps(content[0] if len(content) == 1 else content, indent=1, allow_nan=False) + "\n"
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(f"--json {path}: cannot be written: {error.strerror}") from None
-
-
 def run_verify(door: Door) -> int:
     """Judge what the command line names; return the exit status."""
     console, errors = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160), Console(stderr=True)
@@ -153,7 +130,7 @@ def run_verify(door: Door) -> int:
     if door.profile:
         load_profile(parse_record(door.profile))
     if door.json_file is not None:
-        _check_writable(door.json_file)
+        check_writable(door.json_file)
     targets = [(*resolve_target(door.target), door.target)] if door.target else [(path, "", path.stem) for path in shipped_adapters()]
     if not door.quiet:
         console.print(f"refswitch {__version__}, spec {SPEC_VERSION}: {options.shown}")
@@ -177,5 +154,6 @@ def run_verify(door: Door) -> int:
         _print_table(console, reports)
         console.print(f"{time.perf_counter() - start:.1f} s in all")
     if door.json_file is not None:
-        write_json(reports, door.json_file)
+        content = [as_json(report) for report in reports]
+        write_json(content[0] if len(content) == 1 else content, door.json_file)
     return exit_status(reports)
