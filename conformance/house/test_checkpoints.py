@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("transformers", minversion="5.18.0")
 
 import torch
+import transformers
 from typer.testing import CliRunner
 
 from conformance.house import hf_model
@@ -246,6 +247,17 @@ def test_convert__hub_name_from_a_cache(tmp_path: Path) -> None:
     done = call("google/switch-base-8")
     assert done.returncode == 0, done.stderr
     assert read_model(str(tmp_path / "dest"))[0].experts == SHAPES[3].experts
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 23, "d_model": 10, "d_kv": 3, "d_ff": 7, "num_heads": 2, "num_layers": 2}
+    small = transformers.MT5ForConditionalGeneration(transformers.MT5Config(**sizes))
+    small.save_pretrained(tmp_path / "hub" / "models--google--mt5-small" / "snapshots" / "4567def")
+    refs = tmp_path / "hub" / "models--google--mt5-small" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("4567def", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "refswitch", "compare-model", "google/mt5-small"], env=env, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert "AGREES" in done.stdout, done.stderr
     missing = call("google/mt5-base")
     assert missing.returncode == 2
     assert "hub does not give it" in missing.stderr

@@ -145,13 +145,13 @@ def content_of(config: ModelConfig) -> dict[str, Any]:
     return {"architectures": ["SwitchTransformersForConditionalGeneration"], "model_type": "switch_transformers", "dense_act_fn": form} | content
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """Return the model that `config.json` of a folder describes.
+def read_content(folder: Path) -> dict[str, Any]:
+    """Return the content of `config.json` of a folder.
 
     Raises
     ------
     InputError
-        As `config_from`; also where there is no such file or it is no JSON object.
+        Where there is no such file or it is no JSON object.
     """
     path = folder / "config.json"
     try:
@@ -162,4 +162,20 @@ def read_config(folder: Path) -> ModelConfig:
         raise InputError(f"config {path}: is not JSON") from None
     if not isinstance(content, dict):
         raise InputError(f"config {path}: should be a JSON object")
-    return config_from(content, folder.name)
+    return content
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Return the model that `config.json` of a folder describes.
+
+    Raises
+    ------
+    InputError
+        As `config_from` and `read_content`.
+    """
+    return config_from(read_content(folder), folder.name)
+
+
+def shares_table(content: dict[str, Any]) -> bool:
+    """Whether a file may leave out the logits' matrix of an untied model: transformers 5 then takes the embedding for it, unscaled."""
+    return bool(content.get("tie_word_embeddings")) and content.get("model_type") in ("t5", "mt5")

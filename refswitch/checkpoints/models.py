@@ -8,7 +8,7 @@ from pathlib import Path
 
 from refswitch.checkpoints.folder import INDEX, read_folder
 from refswitch.checkpoints.hugging_face import params_from
-from refswitch.checkpoints.hugging_face_config import read_config
+from refswitch.checkpoints.hugging_face_config import config_from, read_content, shares_table
 from refswitch.checkpoints.own import CONFIG, read_own
 from refswitch.errors import InputError
 from refswitch.model_config import ModelConfig
@@ -57,5 +57,8 @@ def read_model(source: str) -> tuple[ModelConfig, ModelParams]:
     folder = resolve_folder(source)
     if is_own(folder):
         return read_own(folder)
-    config = read_config(folder)
-    return config, params_from(read_folder(folder), config)
+    content = read_content(folder)
+    config, tensors = config_from(content, folder.name), read_folder(folder)
+    if not config.tied and shares_table(content) and "shared.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["shared.weight"])
+    return config, params_from(tensors, config)
