@@ -49,7 +49,7 @@ def test_decode_step__equals_the_whole_pass() -> None:
     params, batch = hf_model.params_of(peer, config), hf_model.batch_of(shape)
     statics = hf_model.statics_of(shape, config)
     outputs, _ = model_forward(batch, params, hf_model.no_noise(shape, params, config), statics)
-    cache = start_cache(outputs.encoder.out_BLD, batch.encoder_valid_BM, params)
+    cache = start_cache(outputs.encoder.out_BLD, batch.encoder_valid_BM, params, statics.decoder.around)
     worst = 0.0
     for position in range(shape.L):
         logits_BV, cache = decode_step(batch.decoder_tokens_BL[:, position], cache, params, statics.decoder)

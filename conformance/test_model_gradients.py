@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from refswitch.config import TRUTH
+from refswitch.config import MODEL_TRUTH, TRUTH
 from refswitch.reference.attention import AttentionParams, allowed_pairs, masked_softmax
 from refswitch.reference.block import AttentionLayerParams, FeedForwardLayerParams, RouterNoise, StackStatics
 from refswitch.reference.experts import ExpertsParams
@@ -106,7 +106,7 @@ def setup_of(name: str, tied: bool, denominator: str) -> Setup:
     decoder = rng.integers(1, V, (B, L)), decoder_segment_BL, decoder_segment_BL != 0, np.arange(L)
     batch = Batch(*encoder, *decoder, rng.integers(1, V, (B, L)), (decoder_segment_BL != 0) * 1.0)
     stacks = [
-        StackStatics(dialect, TRUTH, "relu", 1e-6, 12, causal, groups, 3, 0.3 + causal / 8, 0.2 - causal / 8)
+        StackStatics(dialect, TRUTH, MODEL_TRUTH, "relu", 1e-6, 12, causal, groups, 3, 0.3 + causal / 8, 0.2 - causal / 8)
         for causal, groups in ((False, 3), (True, 2))
     ]
     params = ModelParams(draw(V, D), stack(False), stack(True), None if tied else draw(D, V))

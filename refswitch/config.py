@@ -304,6 +304,7 @@ class RoundingPoints(NamedTuple):
     expert_out: Format  # R8
     out: Format  # R9
     gradients: Format  # R10
+    positions: Format  # in which slots are counted: wide enough in every profile, and too narrow in the naive bfloat16 of 2.4
 
 
 def narrower(*names: str) -> Format:
@@ -344,7 +345,18 @@ def rounding_points(dialect: Dialect, profile: Profile) -> RoundingPoints:
         expert_out=FORMATS[storage.expert_out],
         out=out,
         gradients=FORMATS[storage.gradients],
+        positions=FORMATS["float64"],
     )
 
 
+class ModelPoints(NamedTuple):
+    """The format of each rounding point of the model around its Switch layers. Spec: numbers."""
+
+    activations: Format  # R11: what one operation hands to the next
+    statistics: Format  # R12: root mean squares, scores of attention, their softmax before it is handed on
+    logits: Format  # R13: what the cross-entropy reads
+    gradients: Format  # R14: the gradient of what one operation hands to the next
+
+
+MODEL_TRUTH = ModelPoints(*[FORMATS["float64"]] * len(ModelPoints._fields))
 TRUTH = RoundingPoints(*[FORMATS["float64"]] * len(RoundingPoints._fields))  # no rounding beyond float64 anywhere

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from refswitch.config import TRUTH, Dialect, RoundingPoints
+from refswitch.config import Dialect
 from refswitch.errors import InputError
 from refswitch.model_config import ModelConfig
+from refswitch.precision import PRECISIONS, Precision, layer_points
 from refswitch.reference.block import RouterNoise, StackStatics
 from refswitch.reference.capacity import capacity_in_eval, capacity_of, groups_of
 from refswitch.reference.switch import SwitchParams
@@ -26,7 +27,9 @@ def _known(value: float | str, name: str, dialect: Dialect) -> float:
     return float(value)
 
 
-def stack_statics(config: ModelConfig, sequences: int, length: int, is_decoder: bool, train: bool, points: RoundingPoints = TRUTH) -> StackStatics:
+def stack_statics(
+    config: ModelConfig, sequences: int, length: int, is_decoder: bool, train: bool, setting: Precision = PRECISIONS["float64"]
+) -> StackStatics:
     """Return one stack's statics for a batch of `sequences` rows of `length` tokens; decoding calls it with length 1.
 
     Raises
@@ -51,7 +54,8 @@ def stack_statics(config: ModelConfig, sequences: int, length: int, is_decoder: 
             z_coef = _known(dialect.z.coef, "z.coef", dialect) * (aux_coef if dialect.z.times_aux_coef else 1.0)
     return StackStatics(
         dialect=dialect,
-        points=points,
+        points=layer_points(dialect, setting),
+        around=setting.around,
         activation=config.activation,
         norm_epsilon=config.norm_epsilon,
         max_distance=config.max_distance,
@@ -64,7 +68,13 @@ def stack_statics(config: ModelConfig, sequences: int, length: int, is_decoder: 
 
 
 def model_statics(
-    config: ModelConfig, sequences: int, encoder_length: int, decoder_length: int, train: bool, loss_denominator: str = "weights"
+    config: ModelConfig,
+    sequences: int,
+    encoder_length: int,
+    decoder_length: int,
+    train: bool,
+    loss_denominator: str = "weights",
+    setting: Precision = PRECISIONS["float64"],
 ) -> ModelStatics:
     """Return the model's statics, with plain cross-entropy: no label smoothing, no z-loss on the logits.
 
@@ -73,8 +83,8 @@ def model_statics(
     InputError
         As `stack_statics`.
     """
-    encoder = stack_statics(config, sequences, encoder_length, is_decoder=False, train=train)
-    decoder = stack_statics(config, sequences, decoder_length, is_decoder=True, train=train)
+    encoder = stack_statics(config, sequences, encoder_length, is_decoder=False, train=train, setting=setting)
+    decoder = stack_statics(config, sequences, decoder_length, is_decoder=True, train=train, setting=setting)
     return ModelStatics(encoder, decoder, loss_denominator, label_smoothing=0.0, logits_z_coef=0.0)
 
 

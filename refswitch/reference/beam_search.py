@@ -81,7 +81,7 @@ def beam_search(
     scores, that one may find other beams. `statics.groups` says into how many groups the B * W tokens of a step are cut.
     """
     B, W = memory_BMD.shape[0], beams
-    cache = start_cache(np.repeat(memory_BMD, W, axis=0), np.repeat(memory_valid_BM, W, axis=0), params)
+    cache = start_cache(np.repeat(memory_BMD, W, axis=0), np.repeat(memory_valid_BM, W, axis=0), params, statics.around)
     score_BW = np.broadcast_to(np.where(np.arange(W) == 0, 0.0, -np.inf), (B, W))  # all beams start alike: one of them counts
     running = Beams(np.full((B, W, length), pad), score_BW)
     finished = Beams(np.full((B, W, length), pad), np.full((B, W), -np.inf))

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refswitch.config import ModelPoints
+from refswitch.numbers.precision import round_to
 from refswitch.reference.attention import AttentionParams, masked_softmax
 from refswitch.reference.block import RouterNoise, StackStatics, dense_layer_forward, switch_layer_forward
 from refswitch.reference.embedding import embed_forward, logits_forward, tied_logits_forward
@@ -35,47 +37,59 @@ class Cache(NamedTuple):
     memory_valid_BM: np.ndarray
 
 
-def project(x_BMD: np.ndarray, params: AttentionParams) -> KeyValue:
-    """Return the keys and values of some tokens."""
-    return KeyValue(np.einsum("bmd,dhk->bmhk", x_BMD, params.w_key_DHK), np.einsum("bmd,dhk->bmhk", x_BMD, params.w_value_DHK))
+def project(x_BMD: np.ndarray, params: AttentionParams, points: ModelPoints) -> KeyValue:
+    """Return the keys and values of some tokens.
+
+    Rounding: R11.
+    """
+    key_BMHK = round_to(np.einsum("bmd,dhk->bmhk", x_BMD, params.w_key_DHK), points.activations)
+    return KeyValue(key_BMHK, round_to(np.einsum("bmd,dhk->bmhk", x_BMD, params.w_value_DHK), points.activations))
 
 
-def attend(x_BLD: np.ndarray, memory: KeyValue, bias_HLM: np.ndarray, allowed_BLM: np.ndarray, params: AttentionParams) -> np.ndarray:
-    """Return out_BLD, the values mixed by softmax(query key + bias), as `attention_forward` from its F4 on."""
-    query_BLHK = np.einsum("bld,dhk->blhk", x_BLD, params.w_query_DHK)
-    scores_BHLM = np.einsum("blhk,bmhk->bhlm", query_BLHK, memory.key_BMHK) + bias_HLM
-    mixed_BLHK = np.einsum("bhlm,bmhk->blhk", masked_softmax(scores_BHLM, allowed_BLM), memory.value_BMHK)
-    return np.einsum("blhk,hkd->bld", mixed_BLHK, params.w_out_HKD)
+def attend(
+    x_BLD: np.ndarray, memory: KeyValue, bias_HLM: np.ndarray, allowed_BLM: np.ndarray, params: AttentionParams, points: ModelPoints
+) -> np.ndarray:
+    """Return out_BLD, the values mixed by softmax(query key + bias), as `attention_forward` from its F4 on.
+
+    Rounding: R11, R12.
+    """
+    query_BLHK = round_to(np.einsum("bld,dhk->blhk", x_BLD, params.w_query_DHK), points.activations)
+    scores_BHLM = round_to(np.einsum("blhk,bmhk->bhlm", query_BLHK, memory.key_BMHK) + bias_HLM, points.statistics)
+    probs_BHLM = round_to(masked_softmax(scores_BHLM, allowed_BLM), points.activations)
+    mixed_BLHK = round_to(np.einsum("bhlm,bmhk->blhk", probs_BHLM, memory.value_BMHK), points.activations)
+    return round_to(np.einsum("blhk,hkd->bld", mixed_BLHK, params.w_out_HKD), points.activations)
 
 
-def start_cache(memory_BMD: np.ndarray, memory_valid_BM: np.ndarray, params: ModelParams) -> Cache:
+def start_cache(memory_BMD: np.ndarray, memory_valid_BM: np.ndarray, params: ModelParams, points: ModelPoints) -> Cache:
     """Return the cache before the first token: the memory's keys and values, none of our own."""
     B, (_, H, K) = memory_BMD.shape[0], params.decoder.blocks[0].self_attention.attention.w_key_DHK.shape
     empty = KeyValue(np.zeros((B, 0, H, K)), np.zeros((B, 0, H, K)))
     crosses = [block.cross_attention for block in params.decoder.blocks if block.cross_attention is not None]
-    cross = tuple(project(memory_BMD, layer.attention) for layer in crosses)
+    cross = tuple(project(memory_BMD, layer.attention, points) for layer in crosses)
     return Cache(0, (empty,) * len(cross), cross, memory_valid_BM)
 
 
 def decode_step(token_B: np.ndarray, cache: Cache, params: ModelParams, statics: StackStatics) -> tuple[np.ndarray, Cache]:
     """Return logits_BV of the next token, and the cache with this one in it. Nothing is dropped out."""
     B, position, decoder = token_B.shape[0], cache.position, params.decoder
-    x_BLD = embed_forward(token_B[:, None], params.embedding_VD)
+    x_BLD = round_to(embed_forward(token_B[:, None], params.embedding_VD), statics.around.activations)
     past_M = np.arange(position + 1)
     bucket_LM = position_buckets(past_M[-1:], past_M, decoder.position_UH.shape[0], statics.max_distance, bidirectional=False)
     bias_HLM = position_bias_forward(decoder.position_UH, bucket_LM)
     all_BLM, valid_BL = np.ones((B, 1, position + 1), bool), np.ones((B, 1), bool)
     own = []
     for block, before, cross in zip(decoder.blocks, cache.own, cache.cross, strict=True):
-        normed_BLD, _ = norm_forward(x_BLD, block.self_attention.norm_D, statics.norm_epsilon)
-        new = project(normed_BLD, block.self_attention.attention)
+        normed_BLD, _ = norm_forward(x_BLD, block.self_attention.norm_D, statics.norm_epsilon, statics.around)
+        new = project(normed_BLD, block.self_attention.attention, statics.around)
         seen = KeyValue(*[np.concatenate(pair, axis=1) for pair in zip(before, new, strict=True)])
         own.append(seen)
-        x_BLD = x_BLD + attend(normed_BLD, seen, bias_HLM, all_BLM, block.self_attention.attention)
+        out_BLD = attend(normed_BLD, seen, bias_HLM, all_BLM, block.self_attention.attention, statics.around)
+        x_BLD = round_to(x_BLD + out_BLD, statics.around.activations)
         assert block.cross_attention is not None, "a decoder's block"
-        normed_BLD, _ = norm_forward(x_BLD, block.cross_attention.norm_D, statics.norm_epsilon)
+        normed_BLD, _ = norm_forward(x_BLD, block.cross_attention.norm_D, statics.norm_epsilon, statics.around)
         none_HLM = np.zeros((bias_HLM.shape[0], 1, cross.key_BMHK.shape[1]))
-        x_BLD = x_BLD + attend(normed_BLD, cross, none_HLM, cache.memory_valid_BM[:, None], block.cross_attention.attention)
+        out_BLD = attend(normed_BLD, cross, none_HLM, cache.memory_valid_BM[:, None], block.cross_attention.attention, statics.around)
+        x_BLD = round_to(x_BLD + out_BLD, statics.around.activations)
         norm_D, layer = block.feed_forward
         kept_BLD = np.ones_like(x_BLD)
         if isinstance(layer, SwitchParams):
@@ -85,8 +99,11 @@ def decode_step(token_B: np.ndarray, cache: Cache, params: ModelParams, statics:
             x_BLD, _, _ = switch_layer_forward(x_BLD, norm_D, layer, valid_BL, quiet, hidden_BLF, kept_BLD, statics)
         else:
             x_BLD, _ = dense_layer_forward(x_BLD, norm_D, layer, np.ones((B, 1, layer.w_in_DF.shape[1])), kept_BLD, statics)
-    out_BLD, _ = norm_forward(x_BLD, decoder.norm_D, statics.norm_epsilon)
-    logits_BLV = tied_logits_forward(out_BLD, params.embedding_VD) if params.w_logits_DV is None else logits_forward(out_BLD, params.w_logits_DV)
+    out_BLD, _ = norm_forward(x_BLD, decoder.norm_D, statics.norm_epsilon, statics.around)
+    if params.w_logits_DV is None:
+        logits_BLV = tied_logits_forward(out_BLD, params.embedding_VD, statics.around)
+    else:
+        logits_BLV = logits_forward(out_BLD, params.w_logits_DV, statics.around)
     return logits_BLV[:, 0], Cache(position + 1, tuple(own), cache.cross, cache.memory_valid_BM)
 
 
@@ -128,7 +145,7 @@ def decode(
 
     As many tokens as there are uniforms, `pad` after a row's `end`; temperature 0 is greedy and reads no uniform.
     """
-    cache = start_cache(memory_BMD, memory_valid_BM, params)
+    cache = start_cache(memory_BMD, memory_valid_BM, params, statics.around)
     token_B = np.full(memory_BMD.shape[0], start)
     done_B = np.zeros(memory_BMD.shape[0], bool)
     tokens, margins = [], []

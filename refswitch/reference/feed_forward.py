@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refswitch.config import ModelPoints
+from refswitch.numbers.precision import round_to
 from refswitch.reference.experts import activate, activation_slope
 
 
@@ -32,29 +34,37 @@ class FeedForwardSaved(NamedTuple):
 
 
 def feed_forward_forward(
-    x_BLD: np.ndarray, params: FeedForwardParams, factor_BLF: np.ndarray, activation: str
+    x_BLD: np.ndarray, params: FeedForwardParams, factor_BLF: np.ndarray, activation: str, points: ModelPoints
 ) -> tuple[np.ndarray, FeedForwardSaved]:
-    """Return act(x w_in) w_out, or (act(x w_gate) * x w_in) w_out where gated."""
-    z_in_BLF = x_BLD @ params.w_in_DF  # F1
+    """Return act(x w_in) w_out, or (act(x w_gate) * x w_in) w_out where gated.
+
+    Rounding: R11.
+    """
+    z_in_BLF = round_to(x_BLD @ params.w_in_DF, points.activations)  # F1  R11
     z_act_BLF, z_linear_BLF = z_in_BLF, np.ones_like(z_in_BLF)
     if params.w_gate_DF is not None:
-        z_act_BLF, z_linear_BLF = x_BLD @ params.w_gate_DF, z_in_BLF  # F2
-    hidden_BLF = activate(z_act_BLF, activation) * z_linear_BLF * factor_BLF  # F3
-    return hidden_BLF @ params.w_out_FD, FeedForwardSaved(x_BLD, z_act_BLF, z_linear_BLF, factor_BLF, hidden_BLF)  # F4
+        z_act_BLF, z_linear_BLF = round_to(x_BLD @ params.w_gate_DF, points.activations), z_in_BLF  # F2  R11
+    hidden_BLF = round_to(activate(z_act_BLF, activation) * z_linear_BLF * factor_BLF, points.activations)  # F3  R11
+    out_BLD = round_to(hidden_BLF @ params.w_out_FD, points.activations)  # F4  R11
+    return out_BLD, FeedForwardSaved(x_BLD, z_act_BLF, z_linear_BLF, factor_BLF, hidden_BLF)
 
 
 def feed_forward_backward(
-    dout_BLD: np.ndarray, saved: FeedForwardSaved, params: FeedForwardParams, activation: str
+    dout_BLD: np.ndarray, saved: FeedForwardSaved, params: FeedForwardParams, activation: str, points: ModelPoints
 ) -> tuple[np.ndarray, FeedForwardParams]:
-    """Return dx_BLD and the parameters' gradients."""
+    """Return dx_BLD and the parameters' gradients.
+
+    Rounding: R14.
+    """
     dw_out_FD = np.einsum("blf,bld->fd", saved.hidden_BLF, dout_BLD)  # B4
-    dhidden_BLF = dout_BLD @ params.w_out_FD.T  # B4
+    dhidden_BLF = round_to(dout_BLD @ params.w_out_FD.T, points.gradients)  # B4  R14
     dproduct_BLF = dhidden_BLF * saved.factor_BLF  # B3
-    dz_act_BLF = dproduct_BLF * saved.z_linear_BLF * activation_slope(saved.z_act_BLF, activation)  # B3
+    dz_act_BLF = round_to(dproduct_BLF * saved.z_linear_BLF * activation_slope(saved.z_act_BLF, activation), points.gradients)  # B3  R14
     dw_act_DF = np.einsum("bld,blf->df", saved.x_BLD, dz_act_BLF)
     if params.w_gate_DF is None:
-        return dz_act_BLF @ params.w_in_DF.T, FeedForwardParams(dw_act_DF, None, dw_out_FD)  # B1
+        return round_to(dz_act_BLF @ params.w_in_DF.T, points.gradients), FeedForwardParams(dw_act_DF, None, dw_out_FD)  # B1  R14
     dx_gate_BLD = dz_act_BLF @ params.w_gate_DF.T  # B2
-    dz_in_BLF = dproduct_BLF * activate(saved.z_act_BLF, activation)  # B1
+    dz_in_BLF = round_to(dproduct_BLF * activate(saved.z_act_BLF, activation), points.gradients)  # B1  R14
     dw_in_DF = np.einsum("bld,blf->df", saved.x_BLD, dz_in_BLF)  # B1
-    return dx_gate_BLD + dz_in_BLF @ params.w_in_DF.T, FeedForwardParams(dw_in_DF, dw_act_DF, dw_out_FD)
+    dx_BLD = round_to(dx_gate_BLD + dz_in_BLF @ params.w_in_DF.T, points.gradients)  # R14
+    return dx_BLD, FeedForwardParams(dw_in_DF, dw_act_DF, dw_out_FD)

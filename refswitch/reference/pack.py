@@ -21,7 +21,7 @@ def pack(x_GSD: np.ndarray, route: Route, E: int, C: int) -> np.ndarray:
     G, _, D = x_GSD.shape
     g, s = np.nonzero(route.kept_GS)
     packed_GECD = np.zeros((G, E, C, D))
-    packed_GECD[g, route.expert_GS[g, s], route.slot_GS[g, s]] = x_GSD[g, s]
+    np.add.at(packed_GECD, (g, route.expert_GS[g, s], route.slot_GS[g, s]), x_GSD[g, s])  # not =: where counts collide a slot holds a sum
     return packed_GECD
 
 

@@ -137,7 +137,7 @@ def assign(
     chosen_GS = np.take_along_axis(probs_GSE, expert_GS[..., None], axis=-1)[..., 0]
     G, S = expert_GS.shape
     priority_GS = {"gate_desc": order_by_gate(chosen_GS), "random": inputs.priority_GS}.get(dialect.priority, arrival_order(S, G))
-    route = slots_forward(expert_GS, claims_GS, priority_GS, E, capacity)
+    route = slots_forward(expert_GS, claims_GS, priority_GS, E, capacity, statics.points.positions)
     return route._replace(kept_GS=route.kept_GS & ~is_pad_GS) if dialect.pad.route == "expert0_weight0" else route
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refswitch.numbers.precision import round_to
 from refswitch.reference.attention import allowed_pairs
 from refswitch.reference.block import (
     AttentionLayerParams,
@@ -184,14 +185,13 @@ def block_forward(
     statics: StackStatics,
 ) -> tuple[np.ndarray, tuple[SwitchOutputs, ...], BlockSaved]:
     """Return the residual stream after one block, the Switch layer's outputs if it has one, and what backward needs."""
-    epsilon = statics.norm_epsilon
     x1_BLD, self_saved = self_attention_layer_forward(
-        x_BLD, bias_HLL, params.self_attention, allowed_BLL, noise.self_probs_BHLL, noise.self_out_BLD, epsilon
+        x_BLD, bias_HLL, params.self_attention, allowed_BLL, noise.self_probs_BHLL, noise.self_out_BLD, statics
     )  # F1
     x2_BLD, cross_saved = x1_BLD, None
     if params.cross_attention is not None:
         x2_BLD, cross_saved = cross_attention_layer_forward(
-            x1_BLD, memory_BMD, params.cross_attention, allowed_BLM, noise.cross_probs_BHLM, noise.cross_out_BLD, epsilon
+            x1_BLD, memory_BMD, params.cross_attention, allowed_BLM, noise.cross_probs_BHLM, noise.cross_out_BLD, statics
         )  # F2
     norm_D, feed_forward = params.feed_forward
     if isinstance(feed_forward, SwitchParams):
@@ -218,8 +218,8 @@ def block_backward(
     dx1_BLD, dcross = dx2_BLD, None
     if saved.cross_attention is not None:
         assert params.cross_attention is not None
-        dx1_BLD, dmemory_BMD, dcross = cross_attention_layer_backward(dx2_BLD, saved.cross_attention, params.cross_attention)  # B2
-    dx_BLD, dbias_HLL, dself = self_attention_layer_backward(dx1_BLD, saved.self_attention, params.self_attention)  # B1
+        dx1_BLD, dmemory_BMD, dcross = cross_attention_layer_backward(dx2_BLD, saved.cross_attention, params.cross_attention, statics)  # B2
+    dx_BLD, dbias_HLL, dself = self_attention_layer_backward(dx1_BLD, saved.self_attention, params.self_attention, statics)  # B1
     return dx_BLD, dmemory_BMD, dbias_HLL, BlockParams(dself, dcross, dfeed_forward)
 
 
@@ -240,7 +240,7 @@ def stack_forward(
     allowed_BLL = allowed_pairs(segment_BL, segment_BL, valid_BL, statics.causal)
     allowed_BLM = allowed_pairs(segment_BL, memory_segment_BM, memory_valid_BM, causal=False)
     bias_HLL = position_bias_forward(params.position_UH, bucket_LL)  # F1
-    x_BLD = x_BLD * noise.embedded_BLD  # F2
+    x_BLD = round_to(x_BLD * noise.embedded_BLD, statics.around.activations)  # F2  R11
     stream, saved = [x_BLD], []
     switches: list[SwitchOutputs] = []
     for block, block_noise in zip(params.blocks, noise.blocks, strict=True):
@@ -250,8 +250,8 @@ def stack_forward(
         stream.append(x_BLD)
         switches.extend(outputs)
         saved.append(block_saved)
-    normed_BLD, norm_saved = norm_forward(x_BLD, params.norm_D, statics.norm_epsilon)  # F4
-    out_BLD = normed_BLD * noise.out_BLD  # F5
+    normed_BLD, norm_saved = norm_forward(x_BLD, params.norm_D, statics.norm_epsilon, statics.around)  # F4
+    out_BLD = round_to(normed_BLD * noise.out_BLD, statics.around.activations)  # F5  R11
     return StackOutputs(out_BLD, tuple(stream), tuple(switches)), StackSaved(bucket_LL, tuple(saved), norm_saved)
 
 
@@ -259,7 +259,8 @@ def stack_backward(
     dout_BLD: np.ndarray, daux: float, dz: float, saved: StackSaved, params: StackParams, noise: StackNoise, statics: StackStatics
 ) -> tuple[np.ndarray, np.ndarray | float, StackParams]:
     """Return dx_BLD, dmemory_BMD (0 in the encoder) and the parameters' gradients."""
-    dx_BLD, dnorm_D = norm_backward(dout_BLD * noise.out_BLD, saved.norm, params.norm_D)  # B5 B4
+    dnormed_BLD = round_to(dout_BLD * noise.out_BLD, statics.around.gradients)  # B5  R14
+    dx_BLD, dnorm_D = norm_backward(dnormed_BLD, saved.norm, params.norm_D, statics.around)  # B4
     dmemory_BMD: np.ndarray | float = 0.0
     dbias_HLL = np.zeros((params.position_UH.shape[1], *saved.bucket_LL.shape))
     dblocks: list[BlockParams] = []
@@ -313,9 +314,9 @@ def model_forward(batch: Batch, params: ModelParams, noise: tuple[StackNoise, St
         decoder_x_BLD, encoder.out_BLD, params.decoder, *decoder_marks, *encoder_marks, batch.decoder_position_L, noise[1], statics.decoder
     )  # F4
     if params.w_logits_DV is None:
-        logits_BLV = tied_logits_forward(decoder.out_BLD, params.embedding_VD)  # F5
+        logits_BLV = tied_logits_forward(decoder.out_BLD, params.embedding_VD, statics.decoder.around)  # F5
     else:
-        logits_BLV = logits_forward(decoder.out_BLD, params.w_logits_DV)  # F5
+        logits_BLV = logits_forward(decoder.out_BLD, params.w_logits_DV, statics.decoder.around)  # F5
     denominator = batch.weight_BL.size if statics.loss_denominator == "targets" else max(float(batch.weight_BL.sum()), 1.0)
     cross_entropy, cross_entropy_saved = cross_entropy_forward(
         logits_BLV, batch.targets_BL, batch.weight_BL, denominator, statics.label_smoothing, statics.logits_z_coef
@@ -344,12 +345,12 @@ def model_backward(dobjective: float, saved: ModelSaved, params: ModelParams, st
     batch, V = saved.batch, params.embedding_VD.shape[0]
     daux_encoder, daux_decoder = (dobjective * stack.aux_coef * saved.aux_share for stack in (statics.encoder, statics.decoder))  # B7
     dz_encoder, dz_decoder = dobjective * statics.encoder.z_coef * saved.z_shares[0], dobjective * statics.decoder.z_coef * saved.z_shares[1]  # B7
-    dlogits_BLV = cross_entropy_backward(dobjective, saved.cross_entropy)  # B6
+    dlogits_BLV = round_to(cross_entropy_backward(dobjective, saved.cross_entropy), statics.decoder.around.gradients)  # B6  R14
     if params.w_logits_DV is None:
-        dout_BLD, dembedding_logits_VD = tied_logits_backward(dlogits_BLV, saved.decoder_out_BLD, params.embedding_VD)  # B5
+        dout_BLD, dembedding_logits_VD = tied_logits_backward(dlogits_BLV, saved.decoder_out_BLD, params.embedding_VD, statics.decoder.around)  # B5
         dw_logits_DV = None
     else:
-        dout_BLD, dw_logits_DV = logits_backward(dlogits_BLV, saved.decoder_out_BLD, params.w_logits_DV)  # B5
+        dout_BLD, dw_logits_DV = logits_backward(dlogits_BLV, saved.decoder_out_BLD, params.w_logits_DV, statics.decoder.around)  # B5
         dembedding_logits_VD = np.zeros_like(params.embedding_VD)
     ddecoder_x_BLD, dmemory_BMD, ddecoder = stack_backward(
         dout_BLD, daux_decoder, dz_decoder, saved.decoder, params.decoder, saved.noise[1], statics.decoder
