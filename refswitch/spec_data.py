@@ -171,6 +171,14 @@ def _load(spec: str | Mapping[str, Any], kind: str, record: type) -> Any:
     return _validate({**tree, "name": f"{spec['base']} with {changes}" if changes else spec["base"]}, record, where)
 
 
+# No implementation combines these, and the clauses do not say what it would mean.
+UNDEFINED = (
+    (("select.rule", ("ntlb",)), ("priority", ("random", "gate_desc"))),
+    (("select.rule", ("ntlb",)), ("pad.route", ("expert0_weight0",))),
+    (("pad.route", ("expert0_weight0",)), ("priority", ("gate_desc",))),
+)
+
+
 def load_dialect(spec: str | Mapping[str, Any]) -> Dialect:
     """Load a dialect by name, or a base with dotted overrides such as {"base": "mesh_tensorflow", "capacity.min": 0}.
 
@@ -184,6 +192,9 @@ def load_dialect(spec: str | Mapping[str, Any]) -> Dialect:
     dialect: Dialect = _load(spec, "dialects", Dialect)
     if dialect.noise.gate_from == "clean" and dialect.noise.kind in ("x_mul_uniform", "x_dropout"):
         raise InputError(f"dialect {dialect.name}: noise.gate_from=clean needs noise on the logits, not {dialect.noise.kind}")
+    for one, other in UNDEFINED:
+        if all(knobs_of(dialect)[knob] in values for knob, values in (one, other)):
+            raise InputError(f"dialect {dialect.name}: {one[0]}={knobs_of(dialect)[one[0]]} with {other[0]}={knobs_of(dialect)[other[0]]} is not defined")
     for name, text in (
         ("cf_train", dialect.capacity.cf_train),
         ("cf_eval", dialect.capacity.cf_eval),

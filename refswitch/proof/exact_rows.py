@@ -55,6 +55,7 @@ COVERED: dict[str, tuple[Any, ...]] = {
 }
 UNDEFINED = (
     (("select.rule", "ntlb"), ("priority", ("random", "gate_desc"))),  # the order in which a round asks
+    (("select.rule", "ntlb"), ("pad.route", ("expert0_weight0",))),  # which slot padding takes in which round
     (("pad.route", "expert0_weight0"), ("priority", ("gate_desc",))),  # the gate by which padding is served
 )
 

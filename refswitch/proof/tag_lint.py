@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import re
 import tokenize
 from collections.abc import Iterator
@@ -87,7 +88,7 @@ def flow_of(statements: list[ast.stmt], tags: list[Tag], begin: int) -> Flow:
 
 def _order_problems(paths: frozenset[tuple[Tag, ...]], way: str) -> Iterator[tuple[int, str]]:
     for path in paths:
-        for before, after in zip(path, path[1:], strict=False):
+        for before, after in itertools.pairwise(path):
             if after.number <= before.number if way == "F" else after.number > before.number:
                 yield after.line, f"{after} comes after {before}"
 
@@ -96,15 +97,13 @@ def _function_problems(node: ast.FunctionDef, tags: list[Tag], way: str, numbers
     """Yield what is wrong with one function whose tags should have this way and these numbers, all of them."""
     flow = flow_of(node.body, tags, node.lineno)
     paths = flow.going | flow.gone
-    for tag in {*tags} - {tag for path in paths for tag in path}:
-        yield tag.line, f"{tag} belongs to no statement"
     for tag in tags:
         if tag.way != way:
             yield tag.line, f"{tag} stands in {node.name}"
         elif tag.number not in numbers:
             yield tag.line, f"{tag} undoes no line of the forward" if way == "B" else f"{tag} is no number"
     yield from _order_problems(paths, way)
-    for number in sorted(numbers - {tag.number for tag in tags}):
+    for number in numbers - {tag.number for path in paths for tag in path if tag.way == way}:
         yield node.lineno, f"{node.name} has no {way}{number}"
 
 

@@ -121,7 +121,13 @@ def claimants(x_GSD: np.ndarray, valid_GS: np.ndarray, dialect: Dialect) -> tupl
 
 
 def assign(
-    probs_GSE: np.ndarray, scores_GSE: np.ndarray, inputs: SwitchInputs, claims_GS: np.ndarray, is_pad_GS: np.ndarray, statics: Statics
+    probs_GSE: np.ndarray,
+    logits_GSE: np.ndarray,
+    scores_GSE: np.ndarray,
+    inputs: SwitchInputs,
+    claims_GS: np.ndarray,
+    is_pad_GS: np.ndarray,
+    statics: Statics,
 ) -> Route:
     """Choose an expert for each token and serve the claims.
 
@@ -134,9 +140,9 @@ def assign(
     expert_GS = choose(scores_GSE)
     if dialect.pad.route == "expert0_weight0":
         expert_GS = np.where(is_pad_GS, 0, expert_GS)
-    chosen_GS = np.take_along_axis(probs_GSE, expert_GS[..., None], axis=-1)[..., 0]
+    gate_GS, _ = gate_forward(probs_GSE, logits_GSE, expert_GS, dialect.gate.value, statics.points)
     G, S = expert_GS.shape
-    priority_GS = {"gate_desc": order_by_gate(chosen_GS), "random": inputs.priority_GS}.get(dialect.priority, arrival_order(S, G))
+    priority_GS = {"gate_desc": order_by_gate(gate_GS), "random": inputs.priority_GS}.get(dialect.priority, arrival_order(S, G))
     route = slots_forward(expert_GS, claims_GS, priority_GS, E, capacity, statics.points.positions)
     return route._replace(kept_GS=route.kept_GS & ~is_pad_GS) if dialect.pad.route == "expert0_weight0" else route
 
@@ -191,7 +197,7 @@ def switch_forward(inputs: SwitchInputs, params: SwitchParams, statics: Statics)
     )  # F3
     probs_GSE, softmax_saved = softmax_forward(logits_GSE, points)  # F4
     scores_GSE = scores_of(probs_GSE, logits_GSE, choice_term_GSE, statics)
-    route = assign(probs_GSE, scores_GSE, inputs, claims_GS, is_pad_GS, statics)
+    route = assign(probs_GSE, logits_GSE, scores_GSE, inputs, claims_GS, is_pad_GS, statics)
     gate_GS, gate_saved = gate_forward(probs_GSE, logits_GSE, route.expert_GS, dialect.gate.value, points)  # F5
     E, C, kept_GS1 = params.w_router_DE.shape[1], slots_in_use(route), route.kept_GS[..., None]
 
