@@ -23,7 +23,7 @@ from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.pack import pack, unpack
 from refswitch.reference.switch import Statics, SwitchInputs, SwitchOutputs, SwitchParams, switch_forward
 from refswitch.reference.transformer import Batch, ModelOutputs, ModelParams, ModelSaved, model_backward, model_forward
-from refswitch.spec_data import load_dialect
+from refswitch.spec_data import data_root, load_dialect
 from refswitch.tree import leaves, with_leaves
 
 HANDED_ON = ("query_BLHK", "key_BMHK", "value_BMHK", "probs_BHLM", "mixed_BLHK", "z_act_BLF", "hidden_BLF", "decoder_out_BLD")
@@ -182,3 +182,14 @@ def test_precision__rejects_unknown() -> None:
     """One line with the close names."""
     with pytest.raises(InputError, match=r"unknown precision 'selectiv'.*selective"):
         precision("selectiv")
+
+
+def test_precision__settings_stand_in_the_spec() -> None:
+    """The table of numbers.md, section 2, cell by cell."""
+    text = (data_root() / "spec" / "numbers.md").read_text(encoding="utf-8").split("<!-- precision settings")[1].split("\n\n")[0]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")]
+    told = []
+    for it in PRECISIONS.values():
+        formats = [it.positions, *it.around, it.weights, it.read, it.weight_gradients, it.optimizer]
+        told.append([it.name, it.profile, *(format.name for format in formats)])
+    assert rows == told
