@@ -1,4 +1,4 @@
-# May import: standard library, numpy.
+# May import: standard library.
 """Directional derivatives against central differences, with the differences' own error as the tolerance.
 
 Along a direction a function is f(t), its derivative f'(0). A central difference with step h has the error c h**2 + O(h**4) and rounding: where f is
@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import linear_regression
 from typing import Any, NamedTuple
-
-import numpy as np
 
 Along = Callable[[float], tuple[float, Any]]  # t to f(t) and its piece, for example the routes
 Same = Callable[[Any, Any], bool]  # whether two pieces are one
@@ -102,4 +101,5 @@ def difference_slope(along: Along, derivative: float, steps: Sequence[float], no
             points.append((math.log(step), math.log(error)))
     if len(points) < 2:
         raise ValueError(f"difference_slope: {len(points)} of {len(steps)} steps have an error above rounding, but two are needed")
-    return float(np.polyfit(*np.transpose(points), 1)[0])
+    log_step, log_error = zip(*points, strict=True)
+    return linear_regression(log_step, log_error).slope

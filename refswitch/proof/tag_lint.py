@@ -67,7 +67,8 @@ def _blocks(statement: ast.stmt) -> tuple[int, list[list[ast.stmt]], list[list[a
 
 def flow_of(statements: list[ast.stmt], tags: list[Tag], begin: int) -> Flow:
     """Follow the tags through some statements; a comment between two statements belongs to the second, the first one's begins at line `begin`."""
-    going, gone = frozenset({()}), frozenset[tuple[Tag, ...]]()
+    going: frozenset[tuple[Tag, ...]] = frozenset({()})
+    gone: frozenset[tuple[Tag, ...]] = frozenset()
     for statement in statements:
         end, branches, series = _blocks(statement)
         own = tuple(tag for tag in tags if begin <= tag.line <= end)
