@@ -192,9 +192,10 @@ def load_dialect(spec: str | Mapping[str, Any]) -> Dialect:
     dialect: Dialect = _load(spec, "dialects", Dialect)
     if dialect.noise.gate_from == "clean" and dialect.noise.kind in ("x_mul_uniform", "x_dropout"):
         raise InputError(f"dialect {dialect.name}: noise.gate_from=clean needs noise on the logits, not {dialect.noise.kind}")
-    for one, other in UNDEFINED:
-        if all(knobs_of(dialect)[knob] in values for knob, values in (one, other)):
-            raise InputError(f"dialect {dialect.name}: {one[0]}={knobs_of(dialect)[one[0]]} with {other[0]}={knobs_of(dialect)[other[0]]} is not defined")
+    knobs = knobs_of(dialect)
+    for (one, ones), (other, others) in UNDEFINED:
+        if knobs[one] in ones and knobs[other] in others:
+            raise InputError(f"dialect {dialect.name}: {one}={knobs[one]} with {other}={knobs[other]} is not defined")
     for name, text in (
         ("cf_train", dialect.capacity.cf_train),
         ("cf_eval", dialect.capacity.cf_eval),

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "refswitch"
 ALLOWED = {
     "numbers": {"numpy", "refswitch.numbers"},
     "reference": {"numpy", "refswitch.numbers", "refswitch.config", "refswitch.reference"},
-    "proof": {"numpy", "refswitch.numbers", "refswitch.config", "refswitch.proof"},
+    "proof": {"numpy", "refswitch.numbers", "refswitch.config", "refswitch.dims", "refswitch.proof"},
     "config.py": {"refswitch.numbers"},
     "errors.py": set(),
     "dims.py": set(),

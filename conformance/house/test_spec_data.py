@@ -102,3 +102,17 @@ def test_knobs__have_known_values() -> None:
         assert entry["stage"] in STAGES
         choices = choices_of(Dialect, knob)
         assert not choices or set(entry["says"]) <= set(choices), knob
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"base": "mesh_ntlb", "priority": "gate_desc"},
+        {"base": "mesh_ntlb", "pad.route": "expert0_weight0"},
+        {"base": "megatron_top1", "pad.route": "expert0_weight0"},
+    ],
+)
+def test_load_dialect__rejects_what_is_not_defined(knobs: dict[str, str]) -> None:
+    """Combinations that no implementation has and no clause describes."""
+    with pytest.raises(InputError, match="is not defined"):
+        load_dialect(knobs)

@@ -85,7 +85,7 @@ def is_record(value: Any) -> bool:
 
 
 def _arrays(names: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    return {f"{prefix}{name}": value for name, value in names.items() if isinstance(value, np.ndarray | np.generic) and letters_of(name)}
+    return {f"{prefix}{name}": np.asarray(value) for name, value in names.items() if isinstance(value, np.ndarray | np.generic) and letters_of(name)}
 
 
 def _records_below(name: str, value: Any) -> Iterator[tuple[str, Any]]:
