@@ -284,3 +284,9 @@ def load_knobs() -> dict[str, Tree]:
 def load_mistakes() -> dict[str, Tree]:
     """Return what implementations do by mistake and no dialect does: its stage and its meaning."""
     return read_yaml(data_root() / "spec" / "knobs.yaml")["mistakes"]
+
+
+@functools.cache
+def load_index() -> dict[str, Tree]:
+    """Return the paper's index: each place's words, clauses and functions, and a note where there is none."""
+    return read_yaml(data_root() / "spec" / "index.yaml")
