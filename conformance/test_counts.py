@@ -208,7 +208,7 @@ def test_unknown_preset() -> None:
     """An unknown name is answered with the close ones, or with all."""
     with pytest.raises(InputError, match=r"^unknown model switch_base_12; did you mean .*switch_base_128"):
         preset("switch_base_12")
-    with pytest.raises(InputError, match=r"^unknown model 0; known: .*tiny_switch$"):
+    with pytest.raises(InputError, match=r"^unknown model 0; known: .*byte_tiny$"):
         preset("0")
 
 

@@ -123,6 +123,11 @@ _TINY = replace(
     position_buckets=8, max_distance=16, dropout=0.0,
 )  # fmt: skip
 
+# customized: bytes as tokens (256 and three special ones, padded to a multiple of 128), small enough to look at
+_BYTE_TINY = replace(
+    _TINY, name="byte_tiny", vocabulary=384, d_model=32, d_kv=8, heads=4, d_ff=64, position_buckets=32, max_distance=128, dialect="mesh_tensorflow"
+)
+
 PRESETS: dict[str, ModelConfig] = {
     config.name: config
     for config in (
@@ -147,6 +152,7 @@ PRESETS: dict[str, ModelConfig] = {
         _with_experts("mswitch_base_128", _MT5_BASE, 128),  # customized: the paper does not state the number of experts
         _TINY,
         _with_experts("tiny_switch", _TINY, 4),
+        _with_experts("byte_tiny", _BYTE_TINY, 8, step=1),
     )
 }
 

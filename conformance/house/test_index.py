@@ -11,7 +11,8 @@ from refswitch.spec_data import data_root, load_clauses, load_index
 
 PLACES = [
     *(f"eq. ({i})" for i in range(1, 8)), *(f"figure {i}" for i in range(1, 17)), *(f"table {i}" for i in range(1, 12)),
-    *(f"appendix {letter}" for letter in "ABCDEF"), *(f"section {number}" for number in ("2.1", "2.2", "2.3", "2.4", "3", "4.1", "4.2", "4.3", "5", "5.6")),
+    *(f"appendix {letter}" for letter in "ABCDEF"),
+    *(f"section {number}" for number in ("2.1", "2.2", "2.3", "2.4", "3", "4.1", "4.2", "4.3", "5", "5.6")),
 ]  # fmt: skip
 
 

@@ -116,6 +116,22 @@ def compare_model(
     raise typer.Exit(_status_of(lambda: run_compare(Door(source, rows, length, seed, deadline, json_file, quiet, verbose))))
 
 
+@app.command(epilog="Example: `refswitch trace 'to be or not to be'` or `refswitch trace notes.txt --model my_model --html notes.html`")
+def trace(
+    text: Annotated[Optional[str], typer.Argument(help="A text, or a file that holds one.", show_default=False)] = None,
+    model: Annotated[str, typer.Option(help="A preset with random weights, a folder of ours or of Hugging Face, or a hub name.")] = "byte_tiny",
+    seed: Annotated[int, typer.Option(min=0, help="Of a preset's random weights.")] = 0,
+    length: Annotated[int, typer.Option(min=1, max=4096, help="Read at most so many tokens.")] = 128,
+    png: Annotated[Optional[Path], typer.Option(help="Draw the routes to this file (needs the extra plots).")] = None,
+    html: Annotated[Optional[Path], typer.Option(help="Write one self-contained page to click through.")] = None,
+    index: Annotated[bool, typer.Option("--index", help="Print the paper's index instead: place, clauses, functions.")] = False,
+) -> None:
+    """Show where each token of a text goes: its expert in each sparse layer, what was dropped, gates, entropy, load."""
+    from refswitch.cli.trace import Door, run_trace
+
+    raise typer.Exit(_status_of(lambda: run_trace(Door(text, model, seed, length, png, html, index))))
+
+
 def _status_of(command: Callable[[], int]) -> int:
     """Run a command; turn a caller's mistake into one line and status 2, an interruption into status 130."""
     try:
