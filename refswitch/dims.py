@@ -23,6 +23,7 @@ LETTERS = {
     "R": "ranks",
     "N": "slots one expert serves: R * C",
     "U": "position buckets",
+    "P": "tokens decoded so far, this one included",
     "W": "beams",
     "J": "candidates of one step of beam search",
 }

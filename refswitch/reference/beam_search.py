@@ -42,18 +42,17 @@ def log_softmax(logits_NV: np.ndarray) -> np.ndarray:
 
 def best_of(beams: Beams, count: int) -> tuple[Beams, np.ndarray]:
     """Return the `count` best beams, equal ones by index, and their indices."""
-    index_BW = np.argsort(-beams.score_BW, axis=-1, kind="stable")[:, :count]
+    index_BW = np.argsort(-beams.score_BW, axis=-1, kind="stable")
     tokens_BWL = np.take_along_axis(beams.tokens_BWL, index_BW[..., None], axis=1)
-    return Beams(tokens_BWL, np.take_along_axis(beams.score_BW, index_BW, axis=1)), index_BW
+    return Beams(tokens_BWL[:, :count], np.take_along_axis(beams.score_BW, index_BW, axis=1)[:, :count]), index_BW[:, :count]
 
 
 def closest(score_BJ: np.ndarray, count: int) -> np.ndarray:
     """Return gap_B, the smallest distance between two neighbours among the `count` best scores and the first that is left out."""
-    falling_BJ = -np.sort(-score_BJ, axis=-1)[:, : count + 1]
-    finite_BJ = np.isfinite(falling_BJ)
-    falling_BJ = np.where(finite_BJ, falling_BJ, 0.0)
-    gap_BJ = np.where(finite_BJ[:, 1:], falling_BJ[:, :-1] - falling_BJ[:, 1:], np.inf)
-    return gap_BJ.min(axis=-1, initial=np.inf)
+    falling_BJ = -np.sort(-score_BJ, axis=-1)
+    next_BJ = np.append(falling_BJ[:, 1:], np.full((len(score_BJ), 1), -np.inf), axis=1)
+    gap_BJ = np.where(np.isfinite(next_BJ), falling_BJ - np.where(np.isfinite(next_BJ), next_BJ, 0.0), np.inf)
+    return gap_BJ[:, :count].min(axis=-1, initial=np.inf)
 
 
 def reorder(cache: Cache, index_N: np.ndarray) -> Cache:
@@ -89,19 +88,19 @@ def beam_search(
     for position in range(length):
         logits_NV, cache = decode_step(token_N, cache, params, statics)
         V = logits_NV.shape[-1]
-        total_BJ = (running.score_BW[..., None] + log_softmax(logits_NV).reshape(B, W, V)).reshape(B, W * V)
-        order_BJ = np.argsort(-total_BJ, axis=-1, kind="stable")[:, : 2 * W]
+        total_BWV = running.score_BW[..., None] + log_softmax(logits_NV).reshape(B, W, V)
+        order_BJ = np.argsort(-total_BWV.reshape(B, W * V), axis=-1, kind="stable")[:, : 2 * W]
         beam_BJ, token_BJ = order_BJ // V, order_BJ % V
         tokens_BJL = np.take_along_axis(running.tokens_BWL, beam_BJ[..., None], axis=1)
         tokens_BJL[:, :, position] = token_BJ
-        candidates = Beams(tokens_BJL, np.take_along_axis(total_BJ, order_BJ, axis=1))
+        candidates = Beams(tokens_BJL, np.take_along_axis(total_BWV.reshape(B, W * V), order_BJ, axis=1))
 
         penalty = length_penalty(position + 1, alpha, rule)
         ended_BJ = (token_BJ == end) | (position + 1 == length)
         counts_BJ = ended_BJ & (np.arange(order_BJ.shape[1]) < W) & is_open_B[:, None]
         ended = Beams(tokens_BJL, np.where(counts_BJ, candidates.score_BW / penalty, -np.inf))
         merged = Beams(*[np.concatenate(pair, axis=1) for pair in zip(finished, ended, strict=True)])
-        gap_B = np.minimum(closest(total_BJ, 2 * W), closest(merged.score_BW, W))
+        gap_B = np.minimum(closest(total_BWV.reshape(B, W * V), 2 * W), closest(merged.score_BW, W))
         finished, _ = best_of(merged, W)
         running, kept_BW = best_of(candidates._replace(score_BW=np.where(ended_BJ, -np.inf, candidates.score_BW)), W)
 

@@ -73,21 +73,21 @@ def decode_step(token_B: np.ndarray, cache: Cache, params: ModelParams, statics:
     """Return logits_BV of the next token, and the cache with this one in it. Nothing is dropped out."""
     B, position, decoder = token_B.shape[0], cache.position, params.decoder
     x_BLD = round_to(embed_forward(token_B[:, None], params.embedding_VD), statics.around.activations)
-    past_M = np.arange(position + 1)
-    bucket_LM = position_buckets(past_M[-1:], past_M, decoder.position_UH.shape[0], statics.max_distance, bidirectional=False)
-    bias_HLM = position_bias_forward(decoder.position_UH, bucket_LM)
-    all_BLM, valid_BL = np.ones((B, 1, position + 1), bool), np.ones((B, 1), bool)
+    past_P = np.arange(position + 1)
+    bucket_LP = position_buckets(past_P[-1:], past_P, decoder.position_UH.shape[0], statics.max_distance, bidirectional=False)
+    bias_HLP = position_bias_forward(decoder.position_UH, bucket_LP)
+    all_BLP, valid_BL = np.ones((B, 1, position + 1), bool), np.ones((B, 1), bool)
     own = []
     for block, before, cross in zip(decoder.blocks, cache.own, cache.cross, strict=True):
         normed_BLD, _ = norm_forward(x_BLD, block.self_attention.norm_D, statics.norm_epsilon, statics.around)
         new = project(normed_BLD, block.self_attention.attention, statics.around)
         seen = KeyValue(*[np.concatenate(pair, axis=1) for pair in zip(before, new, strict=True)])
         own.append(seen)
-        out_BLD = attend(normed_BLD, seen, bias_HLM, all_BLM, block.self_attention.attention, statics.around)
+        out_BLD = attend(normed_BLD, seen, bias_HLP, all_BLP, block.self_attention.attention, statics.around)
         x_BLD = round_to(x_BLD + out_BLD, statics.around.activations)
         assert block.cross_attention is not None, "a decoder's block"
         normed_BLD, _ = norm_forward(x_BLD, block.cross_attention.norm_D, statics.norm_epsilon, statics.around)
-        none_HLM = np.zeros((bias_HLM.shape[0], 1, cross.key_BMHK.shape[1]))
+        none_HLM = np.zeros((bias_HLP.shape[0], 1, cross.key_BMHK.shape[1]))
         out_BLD = attend(normed_BLD, cross, none_HLM, cache.memory_valid_BM[:, None], block.cross_attention.attention, statics.around)
         x_BLD = round_to(x_BLD + out_BLD, statics.around.activations)
         norm_D, layer = block.feed_forward

@@ -193,7 +193,7 @@ def expert_choice_forward(
     """Compute the layer: out = sum over the slots that hold a token of weight * expert(x)."""
     points, valid_GS, (_, S, _) = statics.points, inputs.valid_GS, inputs.x_GSD.shape
     x_router_GSD = round_to(inputs.x_GSD * inputs.noise_factor_GSD, points.router)  # F1  R1
-    no_term_GSE = np.zeros((1, 1, params.w_router_DE.shape[1]))
+    no_term_GSE = np.zeros((*valid_GS.shape, params.w_router_DE.shape[1]))
     logits_GSE, logits_saved = logits_forward(x_router_GSD, no_term_GSE, params.w_router_DE, params.b_router_E, 0.0, points)  # F2
     probs_GSE, softmax_saved = scores_forward(logits_GSE, valid_GS, statics.rule, points)  # F3
     read_GSE = round_to(probs_GSE, points.choice)  # R4

@@ -221,7 +221,7 @@ def switch_attention_forward(
     (B, L, D), (G, S), (H, K, _) = inputs.x_BLD.shape, valid_GS.shape, params.w_out_HKD.shape
     x_GSD = inputs.x_BLD.reshape(G, S, D)
     x_router_GSD = x_GSD * inputs.noise_factor_GSD  # F1
-    logits_GSE, logits = logits_forward(x_router_GSD, np.zeros((1, 1, E)), params.w_router_DE, np.zeros(E), 0.0, points)  # F2
+    logits_GSE, logits = logits_forward(x_router_GSD, np.zeros((G, S, E)), params.w_router_DE, np.zeros(E), 0.0, points)  # F2
     probs_GSE, softmax = softmax_forward(logits_GSE, points)  # F3
     route = slots_forward(choose(probs_GSE), valid_GS, arrival_order(S, G), E, statics.capacity)
     gate_GS, gate = gate_forward(probs_GSE, logits_GSE, route.expert_GS, "p", points)  # F4

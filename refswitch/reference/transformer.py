@@ -269,8 +269,9 @@ def stack_backward(
         dmemory_BMD = dmemory_BMD + dmemory_block_BMD
         dbias_HLL = dbias_HLL + dbias_block_HLL
         dblocks.insert(0, dblock)
+    dx_BLD = dx_BLD * noise.embedded_BLD  # B2
     dposition_UH = position_bias_backward(dbias_HLL, saved.bucket_LL, params.position_UH.shape[0])  # B1
-    return dx_BLD * noise.embedded_BLD, dmemory_BMD, StackParams(tuple(dblocks), dposition_UH, dnorm_D)  # B2
+    return dx_BLD, dmemory_BMD, StackParams(tuple(dblocks), dposition_UH, dnorm_D)
 
 
 def pool_balance(outputs: StackOutputs, saved: StackSaved, valid_BL: np.ndarray, statics: StackStatics) -> tuple[float, StackSaved]:
@@ -288,9 +289,10 @@ def pool_balance(outputs: StackOutputs, saved: StackSaved, valid_BL: np.ndarray,
     counts = [counted_fraction(switch.route, choice_GS, claims_GS, valid_GS, E, aux) for switch, choice_GS in zip(switches, choices, strict=True)]
     rows = [rows_of_mean(valid_GS, switch.route.kept_GS, aux) for switch in switches]
     denominator_G = np.sum([row[0] for row in rows], axis=0)
-    probs_GSE = np.concatenate([switch.probs_GSE for switch in switches], axis=1)
-    valid_all_GS = np.concatenate([valid_GS] * len(switches), axis=1)
-    value, pooled = balance_forward(probs_GSE, np.sum(counts, axis=0), denominator_G, rows[0][1], valid_all_GS, aux)
+    value, pooled = balance_forward(
+        np.concatenate([switch.probs_GSE for switch in switches], axis=1), np.sum(counts, axis=0), denominator_G, rows[0][1],
+        np.concatenate([valid_GS] * len(switches), axis=1), aux,
+    )  # fmt: skip
     slices = iter(np.split(pooled.dvalue_dprobs_GSE, len(switches), axis=1))
     blocks = [
         block._replace(feed_forward=layer._replace(switch=layer.switch._replace(balance=BalanceSaved(next(slices)))))
