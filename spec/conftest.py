@@ -1,0 +1,91 @@
+# May import: standard library, pytest, hypothesis, refswitch, properties.
+"""`pytest spec`: the options, the implementations under test, and what the run reports at its end."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from properties import harness
+from properties.harness import PROPERTIES, RECORD
+from properties.implementation import Implementation, implementations
+
+from refswitch.errors import InputError
+from refswitch.spec_data import load_clauses
+
+FOUND = pytest.StashKey[list[Implementation]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what is under test, and how much of it."""
+    group = parser.getgroup("refswitch")
+    group.addoption(
+        "--refswitch",
+        default="reference",
+        metavar="TARGET",
+        help="what spec/properties tests: reference, reference::PART, FILE.py or FILE.py::NAME (imported into this process)",
+    )
+    group.addoption("--all-mutants", action="store_true", help="let spec/properties kill every mutant, not a sample of each clause")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Take the profile that hypothesis was given, else the suite's."""
+    name = config.getoption("--hypothesis-profile", default=None)
+    if name:
+        harness.PROFILE[0] = name
+    if config.getoption("--refswitch") != "reference":
+        _implementations(config)  # a name that nobody has is a usage error, before anything is collected
+
+
+def _implementations(config: pytest.Config) -> list[Implementation]:
+    """Return what is under test, found once."""
+    if FOUND not in config.stash:
+        try:
+            config.stash[FOUND] = implementations(config.getoption("--refswitch"))
+        except InputError as error:
+            raise pytest.UsageError(f"--refswitch: {error}") from None
+    return config.stash[FOUND]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each property on each implementation."""
+    if "implementation" in metafunc.fixturenames:
+        found = _implementations(metafunc.config)
+        metafunc.parametrize("implementation", found, ids=[implementation.label for implementation in found], scope="session")
+
+
+def _counted(names: list[str]) -> str:
+    return ", ".join(f"{name} {count}" if count > 1 else name for name, count in Counter(names).most_common())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was exercised: clauses, properties, calls, what was never met, which property noticed which mutant."""
+    if not RECORD.played and not RECORD.kills:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("clauses, properties, mutants")
+    met: Counter[str] = Counter()
+    for _, _, counts in RECORD.played:
+        met.update(counts)
+    played = {name for name, _, _ in RECORD.played}
+    clauses = {clause for name in played for clause in PROPERTIES[name].clauses}
+    labels = sorted({label for _, label, _ in RECORD.played})
+    write(
+        f"{len(clauses)} of {len(load_clauses())} clauses by {len(played)} properties on {len(labels)} implementations, {met.pop('cases', 0)} calls"
+    )
+    write(f"calls in each regime: {', '.join(f'{name} {count}' for name, count in met.most_common())}")
+    untold = sorted(set(load_clauses()) - clauses)
+    if played and untold:
+        write(f"not spoken of in this run: {', '.join(untold)}")
+    for line in RECORD.vacuous:
+        write(f"vacuous: {line}")
+    if RECORD.kills:
+        by_property: dict[str, list[str]] = {}
+        for mutant, names in RECORD.kills.items():
+            for name in names:
+                by_property.setdefault(name, []).append(mutant)
+        write(f"{len(RECORD.kills)} mutants noticed, {len(RECORD.spared)} not; noticed by")
+        for name, mutants in sorted(by_property.items(), key=lambda item: -len(item[1])):
+            write(f"  {name}{' (oracle)' if PROPERTIES[name].is_oracle else ''}: {_counted(mutants)}")
+    for name in RECORD.spared:
+        write(f"not noticed: {name}")

@@ -1,0 +1,100 @@
+# May import: standard library, pytest, refswitch, its own folder, the mutants of conformance.
+"""From each clause to its properties, and from each mutant to the property that notices it: no clause without a test, no test without teeth.
+
+A sample of each clause's mutants is let loose on the clause's properties; `--all-mutants` takes all of them, and all correct variants as the control.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from properties.harness import KILLING, PROPERTIES, broken_by, clause, draws, needs
+from properties.implementation import Implementation, variant_implementation
+from properties.killing import kills, mutants, named_by, properties_by_clause, recorded, sample, variants
+from properties.strategies import recipes
+from refswitch.spec_data import load_clauses
+from refswitch.verify.cases import Recipe
+
+OF_EACH_CLAUSE = 2  # mutants in the sample
+CONTROLS = 3  # correct variants in the sample
+
+
+def chosen_mutants(is_everything: bool) -> list[Any]:
+    """Return the mutants to be noticed: all, or some of each clause."""
+    if is_everything:
+        return mutants()
+    wanted = {
+        mutant.name for name in load_clauses() for mutant in sample([mutant for mutant in mutants() if name in named_by(mutant.name)], OF_EACH_CLAUSE)
+    }
+    return [mutant for mutant in mutants() if mutant.name in wanted]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Draw the mutants and the controls."""
+    is_everything = metafunc.config.getoption("--all-mutants", default=False)
+    if "mutant" in metafunc.fixturenames:
+        metafunc.parametrize("mutant", chosen_mutants(is_everything), ids=lambda mutant: mutant.name)
+    if "variant" in metafunc.fixturenames:
+        metafunc.parametrize("variant", variants() if is_everything else sample(variants(), CONTROLS), ids=lambda variant: variant.name)
+
+
+@pytest.mark.parametrize("name", load_clauses())
+def test_clause__has_properties_and_mutants(name: str) -> None:
+    """A clause that nothing tests, or whose tests nothing has tested, is a hole."""
+    entries = properties_by_clause()[name]
+    assert entries, f"{name} has no property"
+    assert any(not entry.is_oracle for entry in entries), f"{name} is only compared with another evaluation"
+    assert [mutant.name for mutant in mutants() if name in named_by(mutant.name)], f"{name} has no mutant"
+
+
+def test_properties__name_their_function() -> None:
+    """Names follow the clause: test_FUNCTION__PROPERTY, each with a sentence."""
+    properties_by_clause()
+    assert not [name for name, entry in PROPERTIES.items() if "__" not in name or not entry.text.endswith((".", ":"))]
+    assert not [name for name, entry in PROPERTIES.items() if not entry.clauses]
+
+
+def test_mutant__is_noticed(mutant: Any) -> None:
+    """One of the properties of the clause that a mutant breaks fails on it."""
+    assert recorded(mutant, kills(mutant)), (
+        f"{mutant.name} breaks {', '.join(named_by(mutant.name))} unnoticed; it shows with: {mutant.trigger or 'any case'}"
+    )
+
+
+def test_variant__breaks_no_property(variant: Any) -> None:
+    """On a correct layer, in whatever order it sums and however it dispatches, no property fails."""
+    implementation = variant_implementation(variant)
+    properties_by_clause()
+    spoken = [entry for entry in PROPERTIES.values() if not entry.unsupported(implementation)]
+    assert not [entry.name for entry in spoken if broken_by(entry, implementation)]
+
+
+# What follows shows that the harness can say no.
+
+
+def test_harness__sees_vacuity_and_failure() -> None:
+    """A property that never met its trigger is vacuous, one that is false fails, one whose feature is missing says so."""
+    from properties.implementation import reference
+
+    @clause("S-CAP-1")
+    @needs("over_128_experts", features=("top_k",))
+    @draws(recipe=recipes(E=2))
+    def test_made_up__is_false(implementation: Implementation, recipe: Recipe) -> None:
+        assert recipe.E != 2
+
+    entry = PROPERTIES.pop("test_made_up__is_false")
+    layer = reference("float64").watched()
+    assert entry.unsupported(layer) == "feature top_k is not declared"
+    assert broken_by(entry, layer, KILLING)
+    layer.call(layer_case(layer))
+    assert entry.vacuous(layer.met) == ["over_128_experts"]
+    assert test_made_up__is_false.entry is entry
+
+
+def layer_case(implementation: Implementation) -> Any:
+    """Return a small case."""
+    from properties.implementation import smallest_case
+
+    return smallest_case(implementation.target)
