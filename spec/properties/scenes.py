@@ -72,6 +72,13 @@ class Scene:
         return bool((count_GS == 1)[~self.layer.sits_out_GS].all())
 
     @cached_property
+    def is_single(self) -> bool:
+        """Whether no two experts have the same highest score, as it is stored."""
+        *_, scores = self._scores
+        count_GS = (scores.value == scores.value.max(axis=-1, keepdims=True)).sum(axis=-1)
+        return bool((count_GS == 1)[~self.layer.sits_out_GS].all())
+
+    @cached_property
     def expert_GS(self) -> np.ndarray:
         """The chosen experts: its own, where it exports them."""
         *_, logits, _, scores = self._scores

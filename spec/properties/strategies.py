@@ -62,6 +62,7 @@ TAILS = Recipe("tails", S=37, D=11, E=3, F=35, hot=1, capacity=9)
 OVERFLOW_IN_GROUPS = Recipe("overflow-in-groups", G=3, S=12, D=7, E=3, F=5, hot=1, capacity=2)
 ONE_EXPERT = Recipe("one-expert", S=6, D=5, E=1, F=7)
 ONE_TOKEN = Recipe("one-token", S=1, D=5, E=4, F=7)
+ENORMOUS = Recipe("enormous", S=9, D=5, E=6, F=4, router_scale=900.0)
 TIES = Recipe("ties", S=16, D=5, E=6, F=7, ties="exact")
 
 

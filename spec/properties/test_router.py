@@ -15,6 +15,7 @@ from properties.implementation import Implementation
 from properties.scenes import FORWARD, INSIDE, LOSSES, OF_ROUTER, ROUTE, SCORES, Scene, assert_same, assert_within, certain, play, replay
 from properties.strategies import (
     CROWD,
+    ENORMOUS,
     MANY_EXPERTS,
     ONE_EXPERT,
     OVERFLOW_IN_GROUPS,
@@ -82,7 +83,7 @@ def test_noise_factor__gradient_of_losses(implementation: Implementation, recipe
 
 
 @clause("S-NOISE-2")
-@needs("noise", only=FACTORS | LINEAR_LOGITS | ARGMAX | FIXED_ORDER | NO_LEAK | MASKED)
+@needs("noise", only=FACTORS | LINEAR_LOGITS | ARGMAX | FIXED_ORDER | NO_LEAK | MASKED, wide=True)
 @draws(recipe=recipes(noise=True, ties="", router_scale=st.sampled_from((1.0, 2.0))))
 def test_noise_factor__never_reaches_experts(implementation: Implementation, recipe: Recipe) -> None:
     """One factor for all of a token moves all its logits alike: it goes where it went, and its expert computes what it computed."""
@@ -97,7 +98,7 @@ def test_noise_factor__never_reaches_experts(implementation: Implementation, rec
 
 
 @clause("S-NOISE-1")
-@needs("noise", only=TERMS | UNCAPPED | NOISY_GATE)
+@needs("noise", only=TERMS | UNCAPPED | NOISY_GATE, wide=True)
 @draws(recipe=recipes(noise=True))
 def test_noise_term__is_added_to_logits(implementation: Implementation, recipe: Recipe) -> None:
     """The logits with the term are the logits without it, plus the term."""
@@ -154,7 +155,7 @@ def test_logits__width_permutation(implementation: Implementation, recipe: Recip
 
 
 @clause("S-ROUTE-1")
-@needs("router_bias", exports=("logits",), only=UNCAPPED)
+@needs("router_bias", exports=("logits",), only=UNCAPPED, wide=True)
 @draws(recipe=recipes(noise=False, ties=""))
 def test_logits__bias_is_added(implementation: Implementation, recipe: Recipe) -> None:
     """With all tokens 0 the logits are the bias, to the bit; and the bias moves every token alike."""
@@ -187,7 +188,7 @@ def test_softmax__sums_to_one(implementation: Implementation, recipe: Recipe) ->
 
 @clause("S-ROUTE-2")
 @needs("logits_above_89", exports=("logits", "probs"))
-@draws(examples=[MANY_EXPERTS, Recipe("enormous", S=9, D=5, E=6, F=4, router_scale=900.0)], recipe=recipes())
+@draws(examples=[MANY_EXPERTS, ENORMOUS], recipe=recipes())
 def test_softmax__ratio_is_exponential_of_difference(implementation: Implementation, recipe: Recipe) -> None:
     """p_i / p_j = exp(l_i - l_j) on the layer's own logits: no temperature, no epsilon, no other base, no overflow."""
     scene = play(implementation, recipe)
@@ -205,7 +206,7 @@ def test_softmax__ratio_is_exponential_of_difference(implementation: Implementat
 
 
 @clause("S-ROUTE-2", "S-ROUTE-3", "S-GATE-1", "S-AUX-1")
-@needs("logits_below_0", "logits_above_89", exports=("probs",), only=UNCAPPED | MASKED)
+@needs("logits_below_0", "logits_above_89", exports=("probs",), only=UNCAPPED | MASKED, wide=True)
 @draws(recipe=recipes(ties="exact", noise=False), shift=st.sampled_from((-1000.0, 1000.0, -96.0, 64.0, 3.0)))
 def test_softmax__shift_invariance(implementation: Implementation, recipe: Recipe, shift: float) -> None:
     """A constant on all logits of a token changes no probability, no choice and no gate, however large or negative it is."""
@@ -268,7 +269,7 @@ def test_choose__later_twins_are_never_chosen(implementation: Implementation, re
 
 
 @clause("S-ROUTE-3", "S-CAP-2")
-@needs(only=ARGMAX | LINEAR_LOGITS | FIXED_ORDER | MASKED)
+@needs(only=ARGMAX | LINEAR_LOGITS | FIXED_ORDER | MASKED, wide=True)
 @draws(recipe=recipes(ties="", noise=False), power=POWERS)
 def test_choose__scale_invariance(implementation: Implementation, recipe: Recipe, power: int) -> None:
     """Tokens that are scaled by a power of two go where they went: who goes where and who is dropped depends on the order of the logits alone."""
@@ -296,7 +297,7 @@ def test_gate__is_chosen_probability(implementation: Implementation, recipe: Rec
 
 @clause("S-NOISE-1", "S-ROUTE-1", "S-ROUTE-2", "S-ROUTE-3", "S-GATE-1", "S-PREC-1", is_oracle=True)
 @needs("tie", "logits_above_89")
-@draws(examples=[TIES, MANY_EXPERTS], recipe=recipes(ties=st.sampled_from(("", "exact", "near"))))
+@draws(examples=[TIES, MANY_EXPERTS, ENORMOUS], recipe=recipes(ties=st.sampled_from(("", "exact", "near"))))
 def test_router__matches_spec(implementation: Implementation, recipe: Recipe) -> None:
     """Each stage of the router lies within the radius of the spec's formula on the layer's own stage before."""
     scene = play(implementation, recipe)
