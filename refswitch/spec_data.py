@@ -1,4 +1,4 @@
-# May import: standard library, yaml, pydantic, refswitch.config, refswitch.errors.
+# May import: standard library, refswitch.records, refswitch.config, refswitch.errors.
 """The spec as data: dialects, profiles, knobs and clauses from `spec/`, validated on load.
 
 An unknown record, knob or value is an `InputError` that names the nearest known one. Spec: decisions.
@@ -7,22 +7,20 @@ An unknown record, knob or value is an `InputError` that names the nearest known
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from refswitch.config import Dialect, Profile
 from refswitch.errors import InputError
+from refswitch.records import Tree, choices_of, merge, nearest, nested, read_yaml, validate
 
-Tree = dict[str, Any]
+__all__ = ["choices_of", "nearest"]
+
 LARGEST_ULP = 1e4  # an elementary function that is wrong by more is not one that a profile can excuse
 
 
@@ -39,106 +37,6 @@ def names_of(kind: str) -> list[str]:
     return sorted(path.stem for path in (data_root() / "spec" / kind).glob("*.yaml"))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with the most similar known name, else the list of what is known."""
-    known = [str(item) for item in known]
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
-
-
-def read_yaml(path: Path) -> Any:
-    """Read one YAML file.
-
-    Raises
-    ------
-    InputError
-        If it is missing, not text or not YAML.
-    """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _fields(record: type) -> dict[str, Any]:
-    return get_type_hints(record)
-
-
-def _merge(tree: Tree, override: Mapping[str, Any], record: type, path: str, where: str) -> Tree:
-    """Return `tree` with `override` laid over it; each key must be a field of `record`."""
-    fields, merged = _fields(record), dict(tree)
-    for key, value in override.items():
-        if key not in fields:
-            raise InputError(f"{where}: unknown knob {path}{key}{nearest(path + str(key), [path + field for field in fields])}")
-        if isinstance(value, Mapping):
-            if not dataclasses.is_dataclass(fields[key]):
-                raise InputError(f"{where}: {path}{key} takes one value, not a mapping")
-            value = _merge(tree.get(key, {}), value, typing.cast(type, fields[key]), f"{path}{key}.", where)
-        elif dataclasses.is_dataclass(fields[key]):
-            raise InputError(f"{where}: {path}{key} is a group of knobs; set one of {', '.join(_fields(typing.cast(type, fields[key])))}")
-        merged[key] = value
-    return merged
-
-
-def _nested(overrides: Mapping[str, Any], where: str) -> Tree:
-    """Turn {"capacity.min": 0} into {"capacity": {"min": 0}}."""
-    tree: Tree = {}
-    for dotted, value in overrides.items():
-        *groups, leaf = str(dotted).split(".")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-            if not isinstance(node, dict):
-                raise InputError(f"{where}: {dotted} contradicts another override")
-        if isinstance(node.get(leaf), dict) and isinstance(value, Mapping):
-            value = {**node[leaf], **value}
-        node[leaf] = value
-    return tree
-
-
-def choices_of(record: type, dotted: str) -> tuple[Any, ...]:
-    """Return the values that a knob may take, or () where it is a number or text."""
-    head, _, rest = dotted.partition(".")
-    hint = _fields(record)[head]
-    if rest:
-        return choices_of(hint, rest)
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    if hint is bool:
-        return (False, True)
-    if get_origin(hint) in (Union, UnionType):
-        return tuple(
-            value for part in get_args(hint) for value in ((False, True) if part is bool else get_args(part) if get_origin(part) is Literal else ())
-        )
-    return ()
-
-
-def _validate(tree: Tree, record: type, where: str) -> Any:
-    adapter: TypeAdapter[Any] = TypeAdapter(record, config=None if dataclasses.is_dataclass(record) else ConfigDict())
-    try:
-        return adapter.validate_python(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        knob = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and part.isidentifier() and part in _knob_words(record))
-        if first["type"] == "missing":
-            raise InputError(f"{where}: {knob} has no value") from None
-        choices = choices_of(record, knob) if knob else ()
-        hint = nearest(str(first["input"]), choices) if choices else f": {first['msg']}"
-        raise InputError(f"{where}: {knob} has no value {first['input']!r}{hint}") from None
-
-
-@functools.cache
-def _knob_words(record: type) -> frozenset[str]:
-    words = set()
-    for name, hint in _fields(record).items():
-        words.add(name)
-        if dataclasses.is_dataclass(hint):
-            words |= _knob_words(typing.cast(type, hint))
-    return frozenset(words)
-
-
 def _record_tree(name: str, kind: str, record: type, seen: tuple[str, ...] = ()) -> Tree:
     if name in seen:
         raise InputError(f"spec/{kind}: {' -> '.join((*seen, name))} inherits from itself")
@@ -151,12 +49,12 @@ def _record_tree(name: str, kind: str, record: type, seen: tuple[str, ...] = ())
         raise InputError(f"{where}: a record is a mapping with the key `base`")
     base = own.pop("base")
     tree = _record_tree(base, kind, record, (*seen, name)) if base is not None else {}
-    return {**_merge(tree, own, record, "", where), "name": name}
+    return {**merge(tree, own, record, "", where), "name": name}
 
 
 @functools.cache
 def _load_named(name: str, kind: str, record: type) -> Any:
-    return _validate(_record_tree(name, kind, record), record, f"spec/{kind}/{name}.yaml")
+    return validate(_record_tree(name, kind, record), record, f"spec/{kind}/{name}.yaml")
 
 
 def _load(spec: str | Mapping[str, Any], kind: str, record: type) -> Any:
@@ -166,9 +64,9 @@ def _load(spec: str | Mapping[str, Any], kind: str, record: type) -> Any:
         raise InputError(f"a {kind[:-1]} is a name or a mapping with `base`, not {spec!r}")
     where = f"{kind[:-1]} with base {spec['base']}"
     overrides = {key: value for key, value in spec.items() if key != "base"}
-    tree = _merge(_record_tree(spec["base"], kind, record), _nested(overrides, where), record, "", where)
+    tree = merge(_record_tree(spec["base"], kind, record), nested(overrides, where), record, "", where)
     changes = ", ".join(f"{key}={value}" for key, value in sorted(overrides.items()))
-    return _validate({**tree, "name": f"{spec['base']} with {changes}" if changes else spec["base"]}, record, where)
+    return validate({**tree, "name": f"{spec['base']} with {changes}" if changes else spec["base"]}, record, where)
 
 
 # No implementation combines these, and the clauses do not say what it would mean.
@@ -264,14 +162,25 @@ def knobs_of(record: object, prefix: str = "") -> dict[str, Any]:
 
 def with_knob(dialect: Dialect, dotted: str, value: Any) -> Dialect:
     """Return the dialect with one knob changed, its name kept."""
-    tree = _merge(dataclasses.asdict(dialect), _nested({dotted: value}, dotted), Dialect, "", dialect.name)
-    return _validate(tree, Dialect, dialect.name)
+    tree = merge(dataclasses.asdict(dialect), nested({dotted: value}, dotted), Dialect, "", dialect.name)
+    return validate(tree, Dialect, dialect.name)
 
 
 @functools.cache
 def load_clauses() -> dict[str, Tree]:
-    """Return the clauses by id, each with text, stage, class, paper and the knob values under which it holds."""
+    """Return the layer's clauses by id, each with text, stage, class, paper and the knob values under which it holds: those that are judged."""
     return read_yaml(data_root() / "spec" / "clauses.yaml")["clauses"]
+
+
+@functools.cache
+def load_operations() -> dict[str, Tree]:
+    """Return the clauses of everything around the layer by id, each with text, class, paper and the functions of the reference that it is about."""
+    return read_yaml(data_root() / "spec" / "clauses.yaml")["operations"]
+
+
+def every_clause() -> dict[str, Tree]:
+    """Return the clauses of the layer and of everything around it."""
+    return load_clauses() | load_operations()
 
 
 @functools.cache

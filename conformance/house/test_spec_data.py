@@ -3,11 +3,24 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 
 from refswitch.config import Dialect, Profile, rounding_points
 from refswitch.errors import InputError
-from refswitch.spec_data import choices_of, knobs_of, load_clauses, load_dialect, load_knobs, load_profile, names_of, parse_record, with_knob
+from refswitch.spec_data import (
+    choices_of,
+    knobs_of,
+    load_clauses,
+    load_dialect,
+    load_knobs,
+    load_operations,
+    load_profile,
+    names_of,
+    parse_record,
+    with_knob,
+)
 from refswitch.verify.judge import GRADIENT_CLAUSE, STAGES
 
 RECORDS = (
@@ -92,6 +105,18 @@ def test_clauses__name_known_stages_and_knobs() -> None:
             assert knob in knobs, (name, knob)
             assert set(values) <= set(choices_of(Dialect, knob)), (name, knob)
     assert set(GRADIENT_CLAUSE.values()) <= set(load_clauses())
+
+
+def test_operations__name_functions_of_the_reference() -> None:
+    """Every clause around the layer has the fields that are read, and is about functions that exist."""
+    for name, clause in load_operations().items():
+        assert set(clause) == {"class", "paper", "text", "functions"}, name
+        assert clause["class"] in "ERB", name
+        assert clause["functions"], name
+        for place in clause["functions"]:
+            module, _, function = place.partition(".")
+            assert callable(getattr(import_module(f"refswitch.reference.{module}"), function)), (name, place)
+    assert set(load_clauses()).isdisjoint(load_operations())
 
 
 def test_knobs__have_known_values() -> None:

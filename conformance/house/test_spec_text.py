@@ -20,15 +20,15 @@ import yaml
 
 from refswitch.config import Dialect, Profile, rounding_points
 from refswitch.numbers.precision import FORMATS
-from refswitch.spec_data import choices_of, data_root, knobs_of, load_clauses, load_dialect, load_knobs, load_profile, names_of
+from refswitch.spec_data import choices_of, data_root, every_clause, knobs_of, load_dialect, load_knobs, load_profile, names_of
 from refswitch.verify.judge import STAGES
 
 ROOT = data_root()
 CHAPTERS = sorted((ROOT / "spec").glob("*.md"))
 TEXTS = [*CHAPTERS, ROOT / "README.md"]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
-CLAUSE = re.compile(r"\bS-[A-Z]+-\d+\b")
-PARAGRAPH = re.compile(r"^\*\*(S-[A-Z]+-\d+)\*\* \(class ([A-Z])\): (.*?)(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
+CLAUSE = re.compile(r"\b[A-Z]-[A-Z]+-\d+\b")
+PARAGRAPH = re.compile(r"^\*\*([A-Z]-[A-Z]+-\d+)\*\* \(class ([A-Z])\): (.*?)(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 KNOB = re.compile(r"([a-z_]+(?:\.[A-Za-z_]+)*)(?:=(\S+))?")
 FILE_ENDINGS = (".py", ".yaml", ".md", ".toml", ".json")
 DIALECTS = {name: load_dialect(name) for name in names_of("dialects")}
@@ -104,7 +104,7 @@ def is_value(knob: str, text: str) -> bool:
 def unknown_names(text: str) -> list[str]:
     """Return the clauses and the knob-like words in backticks that the data does not know, quoted code left out."""
     prose = FENCE.sub("", text)
-    unknown = [clause for clause in CLAUSE.findall(prose) if clause not in load_clauses()]
+    unknown = [clause for clause in CLAUSE.findall(prose) if clause not in every_clause()]
     for span in re.findall(r"`([^`\n]+)`", prose):
         match = KNOB.fullmatch(span)
         if not match or span.endswith(FILE_ENDINGS):
@@ -126,7 +126,7 @@ def stated_clauses(text: str) -> list[tuple[str, str, str]]:
 def wrongly_stated(text: str) -> list[str]:
     """Return the clauses whose paragraph does not say what clauses.yaml says, and those stated twice."""
     stated = stated_clauses(text)
-    known = load_clauses()
+    known = every_clause()
     wrong = [name for name, kind, says in stated if name in known and (kind, says) != (known[name]["class"], " ".join(known[name]["text"].split()))]
     names = [name for name, _, _ in stated]
     return wrong + sorted({name for name in names if names.count(name) > 1})
@@ -244,7 +244,7 @@ def test_chapter__names_what_exists(path: Path) -> None:
 def test_clauses__each_is_stated_in_one_chapter() -> None:
     """Every clause has its paragraph, once."""
     stated = [name for path in CHAPTERS for name, _, _ in stated_clauses(path.read_text(encoding="utf-8"))]
-    assert sorted(stated) == sorted(load_clauses())
+    assert sorted(stated) == sorted(every_clause())
 
 
 def test_knobs__name_what_exists() -> None:
@@ -315,7 +315,7 @@ def test_unknown_names__sees_clauses_knobs_and_values() -> None:
 
 def test_wrongly_stated__sees_another_text_or_class() -> None:
     """A clause's paragraph with another class or wording, or stated twice, is seen; line breaks do not matter."""
-    clause = load_clauses()["S-PACK-1"]
+    clause = every_clause()["S-PACK-1"]
     first, rest = clause["text"].split(" ", 1)
     right = f"**S-PACK-1** (class {clause['class']}): {first}\n{rest}\n\nMore.\n"
     assert not wrongly_stated(right)
