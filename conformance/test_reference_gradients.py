@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from conformance.house.torch_layer import autograd_outputs
 from refswitch.config import Dialect, rounding_points
+from refswitch.records import choices_of
 from refswitch.reference.capacity import Route
-from refswitch.spec_data import choices_of, load_dialect, load_profile, names_of, with_knob
+from refswitch.spec_data import load_dialect, load_profile, names_of, with_knob
 from refswitch.verify import layer as stages
 from refswitch.verify.case import INPUTS, OUTPUTS, Case, expected_shape
 from refswitch.verify.cases import ACTIVATIONS, RULED_OUT, Target

@@ -1,4 +1,4 @@
-# May import: standard library, numpy, refswitch.model_setup, refswitch.checkpoints, refswitch.spec_data, refswitch.reference, and what lies below.
+# May import: standard library, numpy, refswitch.model_setup, refswitch.checkpoints, refswitch.reference, refswitch.records, and what lies below.
 """A model's first parameters: drawn by a named recipe, taken from a teacher, or grown from a dense model.
 
 The paper does not say which tensors its smaller scale is for. `RECIPES` has both readings: Mesh TensorFlow's, where the scale governs the dense
@@ -20,10 +20,10 @@ from refswitch.checkpoints.template import template_of
 from refswitch.errors import InputError
 from refswitch.model_config import ModelConfig
 from refswitch.model_setup import dialect_of
+from refswitch.records import nearest
 from refswitch.reference.initialization import Fans, Rule, draw, draw_experts, rule_of
 from refswitch.reference.switch import SwitchParams
 from refswitch.reference.transformer import ModelParams
-from refswitch.spec_data import nearest
 from refswitch.tree import leaves, with_leaves
 
 

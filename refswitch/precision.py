@@ -1,4 +1,4 @@
-# May import: standard library, numpy, refswitch.reference, refswitch.spec_data, refswitch.config, refswitch.numbers, refswitch.tree.
+# May import: standard library, numpy, refswitch.reference, refswitch.spec_data, refswitch.records, refswitch.config, and what lies below.
 """Precision of a whole model as one setting: forward, backward and update. Paper: 2.4, table 2. Spec: numbers.
 
 The reference computes in float64 and rounds where a value is stored. A setting says to which format, for the weights as they are stored and as
@@ -14,8 +14,9 @@ import numpy as np
 from refswitch.config import Dialect, ModelPoints, RoundingPoints, rounding_points
 from refswitch.errors import InputError
 from refswitch.numbers.precision import FORMATS, Format, round_to
+from refswitch.records import nearest
 from refswitch.reference.transformer import ModelParams
-from refswitch.spec_data import load_profile, nearest
+from refswitch.spec_data import load_profile
 from refswitch.tree import leaves, with_leaves
 
 T = TypeVar("T", bound=tuple)

@@ -17,9 +17,7 @@ import yaml
 
 from refswitch.config import Dialect, Profile
 from refswitch.errors import InputError
-from refswitch.records import Tree, choices_of, merge, nearest, nested, read_yaml, validate
-
-__all__ = ["choices_of", "nearest"]
+from refswitch.records import Tree, merge, nearest, nested, read_yaml, validate
 
 LARGEST_ULP = 1e4  # an elementary function that is wrong by more is not one that a profile can excuse
 

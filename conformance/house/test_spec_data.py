@@ -9,8 +9,8 @@ import pytest
 
 from refswitch.config import Dialect, Profile, rounding_points
 from refswitch.errors import InputError
+from refswitch.records import choices_of
 from refswitch.spec_data import (
-    choices_of,
     knobs_of,
     load_clauses,
     load_dialect,

@@ -20,7 +20,8 @@ import yaml
 
 from refswitch.config import Dialect, Profile, rounding_points
 from refswitch.numbers.precision import FORMATS
-from refswitch.spec_data import choices_of, data_root, every_clause, knobs_of, load_dialect, load_knobs, load_profile, names_of
+from refswitch.records import choices_of
+from refswitch.spec_data import data_root, every_clause, knobs_of, load_dialect, load_knobs, load_profile, names_of
 from refswitch.verify.judge import STAGES
 
 ROOT = data_root()

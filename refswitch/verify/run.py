@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from refswitch.errors import InputError
-from refswitch.spec_data import data_root, load_dialect, load_profile, nearest, parse_record
+from refswitch.records import nearest
+from refswitch.spec_data import data_root, load_dialect, load_profile, parse_record
 from refswitch.verify.case import Case
 from refswitch.verify.cases import Prepared, Target, check_target, prepare
 from refswitch.verify.decode import Outputs

@@ -22,7 +22,8 @@ import numpy as np
 from properties.triggers import met_by
 from refswitch.config import Dialect, Profile, rounding_points
 from refswitch.errors import InputError
-from refswitch.spec_data import load_dialect, load_profile, nearest
+from refswitch.records import nearest
+from refswitch.spec_data import load_dialect, load_profile
 from refswitch.verify.case import Case
 from refswitch.verify.cases import Target, check_target
 from refswitch.verify.child import run_case
