@@ -1,2 +1,2 @@
-# May import: nothing.
-"""Kernels: the operations of the reference, fast, one file for each. Each wing is independent of the others."""
+# May import: standard library.
+"""The operations of `refswitch.reference` as compiled kernels, one package per device; the names are the reference's."""
