@@ -9,9 +9,10 @@ import pytest
 from properties import harness
 from properties.harness import PROPERTIES, RECORD
 from properties.implementation import Implementation, implementations
+from properties.operations import Operations, reference_operations
 
 from refswitch.errors import InputError
-from refswitch.spec_data import load_clauses
+from refswitch.spec_data import every_clause
 
 FOUND = pytest.StashKey[list[Implementation]]()
 
@@ -47,11 +48,25 @@ def _implementations(config: pytest.Config) -> list[Implementation]:
     return config.stash[FOUND]
 
 
+def _operations(config: pytest.Config) -> list[Operations]:
+    """Return the operations under test: an adapter has none, being a layer."""
+    return [reference_operations()] if config.getoption("--refswitch") == "reference" else []
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each property on each implementation."""
-    if "implementation" in metafunc.fixturenames:
-        found = _implementations(metafunc.config)
-        metafunc.parametrize("implementation", found, ids=[implementation.label for implementation in found], scope="session")
+    """Run each property on each implementation of what it is about."""
+    for fixture, find in (("implementation", _implementations), ("operations", _operations)):
+        if fixture in metafunc.fixturenames:
+            found = find(metafunc.config)
+            metafunc.parametrize(fixture, found, ids=[subject.label for subject in found], scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the properties of operations where none are under test."""
+    if not _operations(config):
+        about_none = [item for item in items if "operations" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=about_none)
+        items[:] = [item for item in items if item not in about_none]
 
 
 def _counted(names: list[str]) -> str:
@@ -71,10 +86,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     clauses = {clause for name in played for clause in PROPERTIES[name].clauses}
     labels = sorted({label for _, label, _ in RECORD.played})
     write(
-        f"{len(clauses)} of {len(load_clauses())} clauses by {len(played)} properties on {len(labels)} implementations, {met.pop('cases', 0)} calls"
+        f"{len(clauses)} of {len(every_clause())} clauses by {len(played)} properties on {len(labels)} implementations, {met.pop('cases', 0)} calls"
     )
     write(f"calls in each regime: {', '.join(f'{name} {count}' for name, count in met.most_common())}")
-    untold = sorted(set(load_clauses()) - clauses)
+    untold = sorted(set(every_clause()) - clauses)
     if played and untold:
         write(f"not spoken of in this run: {', '.join(untold)}")
     for line in RECORD.vacuous:

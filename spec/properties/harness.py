@@ -1,17 +1,19 @@
 # May import: standard library, pytest, hypothesis, refswitch.
-"""What a property is: a test of one or more clauses on any implementation, which says what it needs in order to prove anything.
+"""What a property is: a test of one or more clauses on whatever is under test, which says what it needs in order to prove anything.
 
     @clause("S-CAP-1")
     @needs("drop", exports=("kept",))
     @draws(recipe=recipes())
     def test_slots_forward__serves_min_of_claims_and_capacity(implementation, recipe): ...
 
-The body is called with an implementation, so that the same property runs under pytest and on a mutant. Where the implementation does not declare a
-feature, the test is skipped with that reason; where all its examples together never met a trigger that it needs, it fails as vacuous.
+The body is called with what is under test, so that the same property runs under pytest and on a mutant. Its first argument says what that is: an
+`implementation` of the layer, or the `operations` around it. Where the implementation does not declare a feature, or an operation is missing, the
+test is skipped with that reason; where all its examples together never met a trigger that it needs, it fails as vacuous.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,13 +21,15 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, Verbosity, example, given, settings
+from hypothesis.errors import HypothesisException
 from hypothesis.stateful import run_state_machine_as_test
 
 from properties.implementation import Implementation
+from properties.operations import Operations
 from properties.triggers import TRIGGERS, impossible
 from refswitch.config import rounding_points
 from refswitch.numbers.precision import FORMATS
-from refswitch.spec_data import knobs_of, load_clauses
+from refswitch.spec_data import every_clause, knobs_of, load_clauses, load_operations
 from refswitch.verify.cases import Target
 from refswitch.verify.findings import applies
 from refswitch.verify.process import AdapterFailure
@@ -36,6 +40,8 @@ settings.register_profile("long", max_examples=300, stateful_step_count=40, **_C
 KILLING = settings(
     settings.get_profile("refswitch"), max_examples=15, phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False, verbosity=Verbosity.quiet
 )
+Subject = Implementation | Operations
+SUBJECTS = ("implementation", "operations")
 PROFILE = ["refswitch"]  # the profile that is in force; conftest sets it from --hypothesis-profile
 
 
@@ -53,6 +59,7 @@ class Property:
     strategies: dict[str, Any]
     examples: tuple[Any, ...]
     is_machine: bool
+    subject: str  # which of SUBJECTS its body takes
     clauses: tuple[str, ...] = ()
     triggers: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
@@ -64,8 +71,18 @@ class Property:
     fewer: int = 1  # it runs on one in so many of the profile's examples, being slow
     is_oracle: bool = False  # it compares with another evaluation of the layer rather than with another call
 
-    def unsupported(self, implementation: Implementation) -> str:
-        """Return why the property does not speak of this implementation, or nothing."""
+    def unsupported(self, subject: Subject) -> str:
+        """Return why the property does not speak of what is under test, or nothing."""
+        if isinstance(subject, Operations):
+            return self._unsupported_operations(subject)
+        return self._unsupported_implementation(subject)
+
+    def _unsupported_operations(self, operations: Operations) -> str:
+        named = [place.rpartition(".")[2] for name in self.clauses for place in load_operations()[name]["functions"]]
+        missing = [name for name in named if name not in operations.functions]
+        return f"{operations.label} has no operation {missing[0]}" if missing else ""
+
+    def _unsupported_implementation(self, implementation: Implementation) -> str:
         target = implementation.target
         knobs = knobs_of(target.dialect)
         if not any(_speaks(load_clauses()[name], target) for name in self.clauses):
@@ -88,19 +105,19 @@ class Property:
             return f"{hidden[0]} is not exported"
         return next((reason for reason in (impossible(trigger, target) for trigger in self.triggers) if reason), "")
 
-    def run(self, implementation: Implementation, chosen: settings) -> None:
+    def run(self, subject: Subject, chosen: settings) -> None:
         """Run the property; it raises where it does not hold."""
         if self.is_machine:
-            run_state_machine_as_test(self.body(implementation), settings=chosen)
+            run_state_machine_as_test(self.body(subject), settings=chosen)
             return
         if not self.strategies:
-            self.body(implementation)
+            self.body(subject)
             return
         test = given(**self.strategies)(self.body)
         for value in self.examples:
             values = value if type(value) is tuple else (value,)  # a plan is a tuple of another type
             test = example(**dict(zip(self.strategies, values, strict=True)))(test)
-        settings(chosen, max_examples=max(chosen.max_examples // self.fewer, 1))(test)(implementation)
+        settings(chosen, max_examples=max(chosen.max_examples // self.fewer, 1))(test)(subject)
 
     def vacuous(self, met: Counter[str]) -> list[str]:
         """Return the triggers that no example met."""
@@ -111,7 +128,7 @@ class Property:
 class Record:
     """What the run has seen, for the summary."""
 
-    played: list[tuple[str, str, Counter[str]]] = field(default_factory=list)  # property, implementation, met
+    played: list[tuple[str, str, Counter[str]]] = field(default_factory=list)  # property, what was under test, met
     vacuous: list[str] = field(default_factory=list)
     kills: dict[str, list[str]] = field(default_factory=dict)  # mutant to the properties that noticed it
     spared: list[str] = field(default_factory=list)  # mutants that no property noticed
@@ -121,31 +138,43 @@ PROPERTIES: dict[str, Property] = {}
 RECORD = Record()
 
 
-def _registered(body: Callable[..., Any], strategies: dict[str, Any], examples: Iterable[Any], is_machine: bool) -> Callable[[Implementation], None]:
+def _registered(body: Callable[..., Any], strategies: dict[str, Any], examples: Iterable[Any], is_machine: bool) -> Callable[[Any], None]:
     """Make the test of a property, and enter it into PROPERTIES."""
-    entry = Property(body.__name__, (body.__doc__ or "").split("\n")[0], body, strategies, tuple(examples), is_machine)
+    subject = next(iter(inspect.signature(body).parameters))
+    if subject not in SUBJECTS:
+        raise ValueError(f"{body.__name__}: its first argument is {subject}, should be one of {', '.join(SUBJECTS)}")
+    entry = Property(body.__name__, (body.__doc__ or "").split("\n")[0], body, strategies, tuple(examples), is_machine, subject)
     if entry.name in PROPERTIES and PROPERTIES[entry.name].body.__module__ != body.__module__:
         raise ValueError(f"two properties are called {entry.name}")
     PROPERTIES[entry.name] = entry
 
-    def test(implementation: Implementation) -> None:
-        why = entry.unsupported(implementation)
-        if why:
-            pytest.skip(why)
-        watched = implementation.fresh().watched()
-        entry.run(watched, settings.get_profile(PROFILE[0]))
-        RECORD.played.append((entry.name, implementation.label, watched.met))
-        missing = entry.vacuous(watched.met)
-        if missing:
-            RECORD.vacuous.append(f"{entry.name} on {implementation.label}: never met {', '.join(missing)}")
-            pytest.fail(f"vacuous: {watched.met['cases']} calls never met {', '.join(missing)}")
+    def test_implementation(implementation: Implementation) -> None:
+        _play(entry, implementation)
 
+    def test_operations(operations: Operations) -> None:
+        _play(entry, operations)
+
+    test = test_operations if subject == "operations" else test_implementation
     test.__name__, test.__doc__, test.__module__, test.__qualname__ = body.__name__, body.__doc__, body.__module__, body.__name__
     test.entry = entry  # type: ignore[attr-defined]
     return test
 
 
-def draws(examples: Iterable[Any] = (), fewer: int = 1, **strategies: Any) -> Callable[[Callable[..., Any]], Callable[[Implementation], None]]:
+def _play(entry: Property, subject: Subject) -> None:
+    """Run a property as a test, and enter it into the record."""
+    why = entry.unsupported(subject)
+    if why:
+        pytest.skip(why)
+    watched = subject.fresh().watched()
+    entry.run(watched, settings.get_profile(PROFILE[0]))
+    RECORD.played.append((entry.name, subject.label, watched.met))
+    missing = entry.vacuous(watched.met)
+    if missing:
+        RECORD.vacuous.append(f"{entry.name} on {subject.label}: never met {', '.join(missing)}")
+        pytest.fail(f"vacuous: {watched.met['cases']} calls never met {', '.join(missing)}")
+
+
+def draws(examples: Iterable[Any] = (), fewer: int = 1, **strategies: Any) -> Callable[[Callable[..., Any]], Callable[[Any], None]]:
     """Make a property that is tested on what hypothesis draws, after `examples`: values of its argument, or tuples of values of its arguments.
 
     A slow property runs on one in `fewer` of the profile's examples.
@@ -159,18 +188,22 @@ def draws(examples: Iterable[Any] = (), fewer: int = 1, **strategies: Any) -> Ca
     return make
 
 
-def machine(body: Callable[..., Any]) -> Callable[[Implementation], None]:
-    """Make a property out of a function from an implementation to a state machine."""
+def machine(body: Callable[..., Any]) -> Callable[[Any], None]:
+    """Make a property out of a function from what is under test to a state machine."""
     return _registered(body, {}, (), is_machine=True)
 
 
 def clause(*names: str, is_oracle: bool = False) -> Callable[[Any], Any]:
     """Say which clauses a property is about."""
     for name in names:
-        if name not in load_clauses():
+        if name not in every_clause():
             raise ValueError(f"there is no clause {name}")
 
     def mark(test: Any) -> Any:
+        known = load_operations() if test.entry.subject == "operations" else load_clauses()
+        strange = [name for name in names if name not in known]
+        if strange:
+            raise ValueError(f"{test.entry.name}: {strange[0]} is not a clause of {test.entry.subject}")
         test.entry.clauses, test.entry.is_oracle = names, is_oracle
         return test
 
@@ -186,13 +219,13 @@ def needs(
     profiles: tuple[str, ...] = (),
     wide: bool = False,
 ) -> Callable[[Any], Any]:
-    """Say which regimes a property must have met, and of which implementations it speaks."""
-    unknown = [trigger for trigger in triggers if trigger not in TRIGGERS]
-    if unknown:
-        raise ValueError(f"there is no trigger {unknown[0]}")
+    """Say which regimes a property must have met, and of which implementations it speaks; a property of operations names regimes of its own."""
 
     def mark(test: Any) -> Any:
         entry = test.entry
+        unknown = [trigger for trigger in triggers if trigger not in TRIGGERS and entry.subject == "implementation"]
+        if unknown:
+            raise ValueError(f"there is no trigger {unknown[0]}")
         entry.triggers, entry.features, entry.exports, entry.only = triggers, features, exports, only or {}
         entry.without, entry.profiles, entry.wide = without, profiles, wide
         return test
@@ -200,14 +233,17 @@ def needs(
     return mark
 
 
-def broken_by(entry: Property, implementation: Implementation, chosen: settings = KILLING) -> bool:
-    """Whether a property fails on an implementation."""
+def broken_by(entry: Property, subject: Subject, chosen: settings = KILLING) -> bool:
+    """Whether a property fails on something; of operations, whether it raises at all, since on the reference it does not."""
+    failures = (AssertionError, AdapterFailure) if isinstance(subject, Implementation) else (Exception,)
     try:
-        entry.run(implementation.fresh(), chosen)
-    except (AssertionError, AdapterFailure):
-        return True
+        entry.run(subject.fresh(), chosen)
+    except HypothesisException:
+        raise
     except ExceptionGroup as error:  # hypothesis bundles several distinct failures
-        if error.subgroup((AssertionError, AdapterFailure)) is None:
+        if error.subgroup(failures) is None:
             raise
+        return True
+    except failures:
         return True
     return False

@@ -7,22 +7,22 @@ import sys
 import zlib
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from properties.harness import PROPERTIES, RECORD, Property, broken_by
 from properties.implementation import mutant_implementation
-from refswitch.spec_data import data_root, load_clauses
-
-MODULES = ("router", "capacity", "pack", "padding", "experts", "losses", "backward", "state")
+from properties.operation_mutants import OperationMutant
+from refswitch.spec_data import data_root, every_clause, load_clauses
 
 
 @cache
 def properties_by_clause() -> dict[str, list[Property]]:
     """Return the properties of every clause, those that speak of the fewest clauses first."""
-    for module in MODULES:
-        import_module(f"properties.test_{module}")
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        import_module(f"properties.{path.stem}")
     ordered = sorted(PROPERTIES.values(), key=lambda entry: len(entry.clauses))
-    return {name: [entry for entry in ordered if name in entry.clauses] for name in load_clauses()}
+    return {name: [entry for entry in ordered if name in entry.clauses] for name in every_clause()}
 
 
 def _conformance(module: str) -> Any:
@@ -43,6 +43,17 @@ def mutants() -> list[Any]:
 def variants() -> list[Any]:
     """Return the correct variants."""
     return list(_conformance("mutants.variants").VARIANTS)
+
+
+def operation_kills(mutant: OperationMutant, everyone: bool = False) -> list[str]:
+    """Return the properties of the mutant's clause that notice it; only the first, unless all are asked for."""
+    operations, found = mutant.make(), []
+    for entry in properties_by_clause()[mutant.clause]:
+        if broken_by(entry, operations):
+            found.append(entry.name)
+            if not everyone:
+                break
+    return found
 
 
 @cache
@@ -82,10 +93,10 @@ def kills(mutant: Any, profiles: tuple[str, ...] | None = None, everyone: bool =
     return found
 
 
-def recorded(mutant: Any, found: list[str]) -> list[str]:
-    """Enter into the summary what noticed a mutant."""
+def recorded(mutant: Any, clauses: tuple[str, ...], found: list[str]) -> list[str]:
+    """Enter into the summary what noticed a mutant of these clauses."""
     if found:
         RECORD.kills[mutant.name] = found
     else:
-        RECORD.spared.append(f"{mutant.name} ({', '.join(named_by(mutant.name))}): {mutant.trigger or 'any case'}")
+        RECORD.spared.append(f"{mutant.name} ({', '.join(clauses)}): {mutant.summary}")
     return found

@@ -6,22 +6,24 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 PACKAGES = ("refswitch.reference", "refswitch.numbers")
 NOT_OPERATIONS = ("refswitch.numbers.rational", "refswitch.reference.router")  # an instrument; and the layer's own, whose logits are the layer's
 
 
-class Operations(NamedTuple):
+@dataclass(frozen=True)
+class Operations:
     """Functions by name, as attributes; what a property met is counted in `met`."""
 
     label: str
     functions: Mapping[str, Callable[..., Any]]
-    met: Counter[str]
+    met: Counter[str] = field(default_factory=Counter)
 
     def __repr__(self) -> str:
         return self.label
@@ -42,14 +44,14 @@ class Operations(NamedTuple):
 
     def watched(self) -> Operations:
         """Return them with an empty record of what was met."""
-        return self._replace(met=Counter())
+        return replace(self, met=Counter())
 
     def replaced(self, label: str, **functions: Callable[..., Any]) -> Operations:
         """Return them with other functions of some names."""
         unknown = sorted(set(functions) - set(self.functions))
         if unknown:
             raise ValueError(f"{label}: there is no operation {unknown[0]}")
-        return Operations(label, {**self.functions, **functions}, Counter())
+        return Operations(label, {**self.functions, **functions})
 
 
 def public_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
@@ -76,4 +78,4 @@ def reference_operations() -> Operations:
 def operations_of(label: str, backend: object) -> Operations:
     """Return the operations of a backend: its public callables, by the reference's names."""
     names = [name for name in dir(backend) if name[0] != "_" and callable(getattr(backend, name))]
-    return Operations(label, {name: getattr(backend, name) for name in names}, Counter())
+    return Operations(label, {name: getattr(backend, name) for name in names})

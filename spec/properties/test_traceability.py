@@ -12,9 +12,10 @@ import pytest
 
 from properties.harness import KILLING, PROPERTIES, broken_by, clause, draws, needs
 from properties.implementation import Implementation, variant_implementation
-from properties.killing import kills, mutants, named_by, properties_by_clause, recorded, sample, variants
+from properties.killing import kills, mutants, named_by, operation_kills, properties_by_clause, recorded, sample, variants
+from properties.operation_mutants import OperationMutant, operation_mutants
 from properties.strategies import recipes
-from refswitch.spec_data import load_clauses
+from refswitch.spec_data import every_clause, load_clauses, load_operations
 from refswitch.verify.cases import Recipe
 
 OF_EACH_CLAUSE = 2  # mutants in the sample
@@ -40,13 +41,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("variant", variants() if is_everything else sample(variants(), CONTROLS), ids=lambda variant: variant.name)
 
 
-@pytest.mark.parametrize("name", load_clauses())
+@pytest.mark.parametrize("name", every_clause())
 def test_clause__has_properties_and_mutants(name: str) -> None:
     """A clause that nothing tests, or whose tests nothing has tested, is a hole."""
     entries = properties_by_clause()[name]
     assert entries, f"{name} has no property"
     assert any(not entry.is_oracle for entry in entries), f"{name} is only compared with another evaluation"
-    assert [mutant.name for mutant in mutants() if name in named_by(mutant.name)], f"{name} has no mutant"
+    if name in load_operations():
+        assert [mutant.name for mutant in operation_mutants() if mutant.clause == name], f"{name} has no mutant"
+    else:
+        assert [mutant.name for mutant in mutants() if name in named_by(mutant.name)], f"{name} has no mutant"
 
 
 def test_properties__name_their_function() -> None:
@@ -58,9 +62,25 @@ def test_properties__name_their_function() -> None:
 
 def test_mutant__is_noticed(mutant: Any) -> None:
     """One of the properties of the clause that a mutant breaks fails on it."""
-    assert recorded(mutant, kills(mutant)), (
-        f"{mutant.name} breaks {', '.join(named_by(mutant.name))} unnoticed; it shows with: {mutant.trigger or 'any case'}"
+    clauses = named_by(mutant.name)
+    assert recorded(mutant, clauses, kills(mutant)), (
+        f"{mutant.name} breaks {', '.join(clauses)} unnoticed; it shows with: {mutant.trigger or 'any case'}"
     )
+
+
+@pytest.mark.parametrize("operation_mutant", operation_mutants(), ids=lambda mutant: mutant.name)
+def test_operation_mutant__is_noticed(operation_mutant: OperationMutant) -> None:
+    """One of the properties of the clause that a wrong operation breaks fails on it."""
+    found = recorded(operation_mutant, (operation_mutant.clause,), operation_kills(operation_mutant))
+    assert found, f"{operation_mutant.name} breaks {operation_mutant.clause} unnoticed: {operation_mutant.summary}"
+
+
+def test_catalogue__has_each_name_once() -> None:
+    """No two mutants share a name, and each is of a clause of its kind."""
+    names = [mutant.name for mutant in [*mutants(), *operation_mutants()]]
+    assert len(set(names)) == len(names)
+    assert {mutant.clause for mutant in operation_mutants()} <= set(load_operations())
+    assert all(mutant.summary.endswith(".") for mutant in operation_mutants())
 
 
 def test_variant__breaks_no_property(variant: Any) -> None:
