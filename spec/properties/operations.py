@@ -24,6 +24,7 @@ class Operations:
     label: str
     functions: Mapping[str, Callable[..., Any]]
     met: Counter[str] = field(default_factory=Counter)
+    profile: str = "float64"  # of spec/profiles: how they compute between rounding points, from which radii follow
 
     def __repr__(self) -> str:
         return self.label
@@ -51,7 +52,7 @@ class Operations:
         unknown = sorted(set(functions) - set(self.functions))
         if unknown:
             raise ValueError(f"{label}: there is no operation {unknown[0]}")
-        return Operations(label, {**self.functions, **functions})
+        return Operations(label, {**self.functions, **functions}, profile=self.profile)
 
 
 def public_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
