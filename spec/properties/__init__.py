@@ -33,7 +33,8 @@ Two kinds of things are under test, and the first argument of a property says wh
     MEAN_SUBTRACTED = edited("mean_subtracted", "T-NORM-1", "norm.norm_forward", "old text", "new text", "what is wrong, in a line")
 
 Every file test_*.py of this folder is searched for properties. `test_traceability` holds both kinds to the same: a clause has a property and a
-mutant, and one of the mutant's own clause's properties fails on it; on an operation mutant any exception is a failure, since on the reference none is raised.
+mutant, and one of the mutant's own clause's properties fails on it; on an operation mutant any exception is a failure, since on the reference none is
+raised.
 
 Reading order: `implementation` and `operations` (what is under test), `triggers` (which regimes a call met), `strategies` (which cases are drawn),
 `scenes` (a call that was played, and how two are compared), `lattice` (cases whose every bit is known), `harness` (what a property is); then the
