@@ -39,22 +39,26 @@ def bias(
     return exact(table_UH[bucket_LL])
 
 
+def inverse_root(x: Tube, epsilon: float, arithmetic: Arithmetic) -> Tube:
+    """Return 1 / sqrt(mean(x**2) + epsilon), its axis kept."""
+    D = x.value.shape[-1]
+    mean_square = tubes.scale(tubes.total(tubes.multiply(x, x, arithmetic), -1, arithmetic, D), 1.0 / D, arithmetic)
+    under_root = tubes.add(mean_square, exact(np.float64(epsilon)), arithmetic)
+    low = np.maximum(under_root.value - under_root.radius, 0.0)
+    with np.errstate(divide="ignore"):
+        value, high = under_root.value**-0.5, low**-0.5
+    evaluation = (RSQRT_ULP * 2.0 * arithmetic.element_unit + 8.0 * tubes.OWN_UNIT) * high
+    return tubes.widen(Tube(value, high - value), evaluation).at((..., None))
+
+
 def normed(x: Tube, scale_D: np.ndarray, epsilon: float, arithmetic: Arithmetic, centred: bool = False, other_epsilon: float = 0.0) -> Tube:
     """Return x / sqrt(mean(x**2) + epsilon) * scale."""
     D = x.value.shape[-1]
     if centred:
         mean = tubes.scale(tubes.total(x, -1, arithmetic, D), 1.0 / D, arithmetic)
         x = tubes.add(x, Tube(-mean.value[..., None], mean.radius[..., None]), arithmetic)
-    mean_square = tubes.scale(tubes.total(tubes.multiply(x, x, arithmetic), -1, arithmetic, D), 1.0 / D, arithmetic)
-    under_root = tubes.add(mean_square, exact(np.float64(other_epsilon or epsilon)), arithmetic)
-    low = np.maximum(under_root.value - under_root.radius, 0.0)
-    with np.errstate(divide="ignore"):
-        value, high = under_root.value**-0.5, low**-0.5
-    evaluation = (RSQRT_ULP * 2.0 * arithmetic.element_unit + 8.0 * tubes.OWN_UNIT) * high
-    inverse = tubes.widen(Tube(value, high - value), evaluation)
-    inverse = Tube(inverse.value[..., None], inverse.radius[..., None])
     # x * (inverse * scale) or (x * inverse) * scale: two roundings either way
-    return tubes.multiply(tubes.multiply(x, inverse, arithmetic), exact(scale_D), arithmetic)
+    return tubes.multiply(tubes.multiply(x, inverse_root(x, other_epsilon or epsilon, arithmetic), arithmetic), exact(scale_D), arithmetic)
 
 
 def linear(x: Tube, weight_IO: np.ndarray, arithmetic: Arithmetic, transposed: bool = False, narrow: bool = False) -> Tube:

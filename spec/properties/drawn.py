@@ -14,6 +14,7 @@ follows from the format in which the namespace computes between rounding points.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,11 +23,13 @@ from hypothesis import strategies as st
 from properties.operations import Operations
 from refswitch.config import MODEL_TRUTH, ModelPoints
 from refswitch.numbers.precision import FORMATS, round_to
+from refswitch.proof.finite_difference import difference_ratio
 from refswitch.proof.ulp import coordinate
 from refswitch.spec_data import load_profile
 from refswitch.verify import tubes
 from refswitch.verify.tubes import Arithmetic, Tube, arithmetic_of
 
+STEP = 2.0**-13  # of a difference: its square times a third derivative, and the rounding divided by it, are both far below a wrong gradient
 SIZES = (3, 5, 2, 7, 4, 6, 1, 8, 9, 11)  # the plainest first: towards them hypothesis shrinks
 
 
@@ -138,3 +141,38 @@ def assert_equal(got: Any, wanted: Any, name: str) -> None:
 def assert_on_grid(got: np.ndarray, format: str, name: str, scene: Scene) -> None:
     """Assert that every element is a value of the format of a rounding point."""
     assert_equal(got, round_to(got, getattr(scene.points, format)), name)
+
+
+def noise_of(pairs: list[tuple[Tube, np.ndarray]]) -> float:
+    """Return a bound of the rounding in sums of out * dout near a point where the outputs lie in these tubes."""
+    inside = sum(float(np.sum(tube.radius * np.abs(dout))) for tube, dout in pairs)
+    terms = sum(dout.size for _, dout in pairs)
+    return 2.0 * (inside + terms * tubes.OWN_UNIT * sum(float(np.sum(np.abs(tube.value * dout))) for tube, dout in pairs))
+
+
+def assert_slopes(
+    value: Callable[..., float],
+    arguments: dict[str, np.ndarray],
+    gradients: dict[str, np.ndarray],
+    noise: float,
+    scene: Scene,
+    piece: Callable[..., Any] = lambda **_: 0,
+    must: bool = True,
+) -> int:
+    """Assert that the derivative along a drawn direction of each argument is that of a central difference; return how many were compared.
+
+    `piece` tells the pieces of a piecewise smooth function apart: a direction that crosses a border is refused, and fails where it `must` not.
+    """
+    assert set(gradients) == set(arguments)
+    compared = 0
+    for name, x in arguments.items():
+        direction = scene.random.normal(size=x.shape)
+
+        def along(t: float, name: str = name, x: np.ndarray = x, direction: np.ndarray = direction) -> tuple[float, Any]:
+            there = {**arguments, name: x + t * direction}
+            return value(**there), piece(**there)
+
+        found = difference_ratio(along, float(np.sum(gradients[name] * direction)), STEP, noise, np.array_equal)
+        assert found.ok or (found.refused and not must), f"the slope along {name} is off by {found.ratio:.3g} radii"
+        compared += found.ok
+    return compared
