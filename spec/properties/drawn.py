@@ -176,3 +176,11 @@ def assert_slopes(
         assert found.ok or (found.refused and not must), f"the slope along {name} is off by {found.ratio:.3g} radii"
         compared += found.ok
     return compared
+
+
+def assert_near(got: Any, other: Any, tube: Tube, name: str) -> None:
+    """Assert that two evaluations of one value, as after a permutation, are within its tube's width of each other."""
+    got, other = np.asarray(got), np.asarray(other)
+    assert got.shape == other.shape, f"{name} has shape {got.shape}, should be {other.shape}"
+    bad = np.argwhere(~(np.abs(got.astype(np.float64) - other) <= 2.0 * tube.radius))
+    assert not bad.size, f"{coordinate(name, tuple(int(i) for i in bad[0]))} differs between two evaluations ({len(bad)} of {got.size} elements)"

@@ -26,7 +26,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from properties.implementation import Implementation
 from properties.operations import Operations
-from properties.triggers import TRIGGERS, impossible
+from properties.triggers import SAID, TRIGGERS, impossible
 from refswitch.config import rounding_points
 from refswitch.numbers.precision import FORMATS
 from refswitch.spec_data import every_clause, knobs_of, load_clauses, load_operations
@@ -223,7 +223,7 @@ def needs(
 
     def mark(test: Any) -> Any:
         entry = test.entry
-        unknown = [trigger for trigger in triggers if trigger not in TRIGGERS and entry.subject == "implementation"]
+        unknown = [trigger for trigger in triggers if trigger not in (*TRIGGERS, *SAID) and entry.subject == "implementation"]
         if unknown:
             raise ValueError(f"there is no trigger {unknown[0]}")
         entry.triggers, entry.features, entry.exports, entry.only = triggers, features, exports, only or {}

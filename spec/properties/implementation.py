@@ -95,6 +95,10 @@ class Implementation(NamedTuple):
         self.met.update(["cases", *met_by(case, self.target, outputs)])
         return outputs, reply["mutated"]
 
+    def meets(self, trigger: str, holds: Any = True) -> None:
+        """Say that an example was in a regime that no call shows, where it was."""
+        self.met[trigger] += bool(holds)
+
     def fresh(self) -> Implementation:
         """Return the implementation as it is before its first call."""
         return self._replace(layer=self.make())

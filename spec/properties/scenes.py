@@ -298,3 +298,10 @@ def inner(array: np.ndarray, tube: Tube, axis: Any = None) -> Tube:
 def assert_meet(name: str, a: Tube, b: Tube) -> None:
     """Assert that two tubes around one number can both be right."""
     assert_within(name, a.value, Tube(b.value, a.radius + b.radius))
+
+
+def plus(*parts: Tube) -> Tube:
+    """Return the sum of numbers and of their radii."""
+    value = sum(part.value for part in parts)
+    size = sum(part.radius + tubes.OWN_UNIT * np.abs(part.value) for part in parts)
+    return Tube(np.asarray(value), np.asarray(size))

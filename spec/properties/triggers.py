@@ -58,6 +58,8 @@ TRIGGERS: dict[str, Callable[[Call], Any]] = {
     "logits_above_89": lambda call: (np.abs(call.logits_GSE) > 89.0).any(),
 }
 
+SAID = ("difference",)  # what a property itself says that it met: two points on one piece, so that their difference means something
+
 
 def met_by(case: Case, target: Target, outputs: dict[str, np.ndarray]) -> list[str]:
     """Return the regimes that a call was in, judged by its own choices where it exports them."""
