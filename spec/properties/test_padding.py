@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
 from properties.conditions import MASKED, ROUTED
 from properties.harness import clause, draws, needs
 from properties.implementation import Implementation
-from properties.scenes import ALL_GRADIENTS, EVERYTHING, FORWARD, Scene, assert_same, assert_zero, certain, play, replay
+from properties.scenes import ALL_GRADIENTS, EVERYTHING, FORWARD, OF_EXPERTS, Scene, assert_same, assert_zero, certain, play, replay
 from properties.strategies import OVERFLOW_IN_GROUPS, TOKENS_AS_EXPERTS, changed, letters_of, recipes, with_axis
 from refswitch.verify.cases import Recipe
 
 PADS = st.sampled_from(("right", "left", "scattered"))
+OVERFLOW_PADDED = replace(OVERFLOW_IN_GROUPS, pads="scattered", losses=(0.0, 0.0))
 
 
 @clause("S-PAD-1", "S-AUX-1", "S-Z-1", "S-BACK-1", "S-BACK-2")
@@ -30,6 +33,25 @@ def test_padding__poison_stays_outside(implementation: Implementation, recipe: R
     certain(quiet)
     assert_same(quiet, loud, EVERYTHING, is_exact=True)
     assert_zero(loud, ("dx",), only=pad_GS)
+
+
+@clause("S-PAD-1", "S-PAD-2", "S-CAP-1", "S-BACK-3", "S-BACK-4")
+@needs("pad_and_drop", only=ROUTED | MASKED | {"pad.route": ("exclude",)})
+@draws(
+    examples=[(OVERFLOW_PADDED, 2.0**20), (TOKENS_AS_EXPERTS, -1.0)],
+    recipe=recipes(pads=PADS, ties="", capacity=st.sampled_from((2, 1, 3)), losses=(0.0, 0.0)),
+    factor=st.sampled_from((2.0**20, -1.0, 0.0)),
+)
+def test_padding__content_reaches_nobody(implementation: Implementation, recipe: Recipe, factor: float) -> None:
+    """What stands in a row that is not routed is in no token's results and in no expert's gradient, however large it is and wherever it would go."""
+    scene = play(implementation, recipe)
+    pad_GS = ~scene.layer.inputs.valid_GS
+    x_GSD = np.where(pad_GS[..., None], scene.case.x * factor, scene.case.x)
+    other = replay(implementation, changed(scene.case, implementation.target, x=x_GSD))
+    certain(scene, other)
+    assert_same(scene, other, (*FORWARD, "dx"), only_GS=~pad_GS)
+    assert_same(scene, other, (*OF_EXPERTS, "z_loss") if implementation.dialect.z.pads == "exclude" else OF_EXPERTS)
+    assert_zero(other, ("out", "dx"), only=pad_GS)
 
 
 @clause("S-PAD-1", "S-PAD-2", "S-DROP-1")
