@@ -1,20 +1,24 @@
-# May import: standard library, pytest, hypothesis, refswitch, properties.
-"""`pytest spec`: the options, the implementations under test, and what the run reports at its end."""
+# May import: standard library, numpy, pytest, hypothesis, refswitch, properties.
+"""`pytest spec`: the options, what is under test, and what the run reports at its end."""
 
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 
+import numpy as np
 import pytest
 from properties import harness
 from properties.harness import PROPERTIES, RECORD
 from properties.implementation import Implementation, implementations
-from properties.operations import Operations, reference_operations
+from properties.operations import Operations, operations_of, reference_operations
 
+from refswitch.backends.registry import BACKENDS, backend
 from refswitch.errors import InputError
 from refswitch.spec_data import every_clause
 
-FOUND = pytest.StashKey[list[Implementation]]()
+LAYERS = pytest.StashKey[list[Implementation]]()
+OPERATIONS = pytest.StashKey[list[Operations]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--refswitch",
         default="reference",
         metavar="TARGET",
-        help="what spec/properties tests: reference, reference::PART, FILE.py or FILE.py::NAME (imported into this process)",
+        help="what spec/properties tests: reference, cpu, either with ::NAME, FILE.py or FILE.py::NAME (imported into this process)",
     )
     group.addoption("--all-mutants", action="store_true", help="let spec/properties kill every mutant, not a sample of each clause")
 
@@ -39,18 +43,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _implementations(config: pytest.Config) -> list[Implementation]:
-    """Return what is under test, found once."""
-    if FOUND not in config.stash:
+    """Return the layers under test, found once."""
+    if LAYERS not in config.stash:
         try:
-            config.stash[FOUND] = implementations(config.getoption("--refswitch"))
+            config.stash[LAYERS] = implementations(config.getoption("--refswitch"))
         except InputError as error:
             raise pytest.UsageError(f"--refswitch: {error}") from None
-    return config.stash[FOUND]
+    return config.stash[LAYERS]
 
 
 def _operations(config: pytest.Config) -> list[Operations]:
-    """Return the operations under test: an adapter has none, being a layer."""
-    return [reference_operations()] if config.getoption("--refswitch") == "reference" else []
+    """Return the operations under test, found once: the reference's or a backend's; a file's adapters have none, being layers."""
+    if OPERATIONS not in config.stash:
+        target = config.getoption("--refswitch")
+        config.stash[OPERATIONS] = []
+        if target == "reference":
+            config.stash[OPERATIONS] = [reference_operations()]
+        elif target in BACKENDS:
+            found = backend(target)
+            threads = ExitStack()
+            threads.enter_context(found.running())
+            config.add_cleanup(threads.close)
+            config.stash[OPERATIONS] = [operations_of(target, found, np.dtype(found.dtype).name)]
+    return config.stash[OPERATIONS]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -62,11 +77,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the properties of operations where none are under test."""
+    """Leave out the properties of operations where none are under test, and the mutants where it is not the reference that is."""
+    unasked = set()
     if not _operations(config):
-        about_none = [item for item in items if "operations" in getattr(item, "fixturenames", ())]
-        config.hook.pytest_deselected(items=about_none)
-        items[:] = [item for item in items if item not in about_none]
+        unasked |= {item for item in items if "operations" in getattr(item, "fixturenames", ())}
+    if config.getoption("--refswitch") != "reference" and not config.getoption("--all-mutants"):
+        unasked |= {item for item in items if item.path.name == "test_traceability.py"}
+    config.hook.pytest_deselected(items=list(unasked))
+    items[:] = [item for item in items if item not in unasked]
 
 
 def _counted(names: list[str]) -> str:

@@ -207,7 +207,7 @@ def of_file(path: Path, name: str, shown: str) -> list[Implementation]:
 
 
 def implementations(text: str) -> list[Implementation]:
-    """Return what `--refswitch` names: `reference`, `reference::PART`, `FILE.py` or `FILE.py::NAME`.
+    """Return what `--refswitch` names: `reference`, `cpu`, either with `::NAME`, `FILE.py` or `FILE.py::NAME`.
 
     Raises
     ------
@@ -220,4 +220,4 @@ def implementations(text: str) -> list[Implementation]:
             raise InputError(f"the reference plays no {name!r}{nearest(name, PLAYED)}")
         return [reference(part) for part in ([name] if name else PLAYED)]
     path, name = resolve_target(text)
-    return of_file(path, name, path.name)
+    return of_file(path, name, path.name if path.suffix in file else file)
