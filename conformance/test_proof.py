@@ -35,6 +35,7 @@ from refswitch.reference.decoding import decode
 from refswitch.reference.distillation import distillation_backward, distillation_forward
 from refswitch.reference.embedding import embed_backward, embed_forward
 from refswitch.reference.expert_choice import gather, pick_tokens, scatter
+from refswitch.reference.expert_parallel import ParallelInputs, ParallelStatics, expert_parallel_backward, expert_parallel_forward
 from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.pack import pack, unpack
 from refswitch.reference.position import position_bias_backward, position_bias_forward
@@ -100,6 +101,18 @@ def run_distillation() -> None:
     distillation_backward(1.0, saved)
 
 
+def run_expert_parallel() -> None:
+    """Run the Switch layer on ranks, forward and backward."""
+    (A, R, g, S, D), (E, F), random = (2, 3, 4, 9, 5), (6, 7), np.random.default_rng(7)
+    experts = ExpertsParams(*(random.normal(size=shape) for shape in ((E, D, F), (E, D, F), (E, F, D), (E, F), (E, F), (E, D))))
+    params = SwitchParams(random.normal(size=(D, E)), random.normal(size=E), experts, random.normal(size=D))
+    tokens, mesh = (A, R, g, S), load_dialect("mesh_tensorflow")
+    inputs = ParallelInputs(random.normal(size=(*tokens, D)), random.random(tokens) < 0.75, np.ones((*tokens, D)), np.ones((*tokens, F)))
+    statics = ParallelStatics(2, 3, mesh.aux, mesh.z, "silu", TRUTH)
+    _, saved = expert_parallel_forward(inputs, params, statics)
+    expert_parallel_backward(random.normal(size=(*tokens, D)), 0.5, 0.25, saved, params, statics)
+
+
 RUNS: dict[str, Run] = {
     **{f"model {case[0]}": lambda case=case: run_model(case) for case in CASES},
     "model, pooled": run_pooled,
@@ -117,6 +130,7 @@ RUNS: dict[str, Run] = {
     **{f"expert_choice {rule}": lambda rule=rule: run_variant("expert_choice", rule=rule) for rule in test_variants.RULES["rule"]},
     "noisy_top_k": lambda: run_variant("noisy_top_k"),
     "distillation": run_distillation,
+    "expert_parallel": run_expert_parallel,
     "switch_attention": lambda: run_variant("switch_attention", causal=True),
 }
 

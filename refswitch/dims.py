@@ -21,6 +21,7 @@ LETTERS = {
     "E": "experts",
     "C": "slots per expert",
     "R": "ranks",
+    "A": "copies of the weights",
     "N": "slots one expert serves: R * C",
     "U": "position buckets",
     "P": "tokens decoded so far, this one included",
