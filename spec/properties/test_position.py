@@ -82,8 +82,8 @@ def test_position_bias__adjoint(operations: Operations, plan: Plan) -> None:
     dtable_UH = operations.position_bias_backward(dbias_HLM, bucket_LM, U)
     assert (bias_HLM.dtype, dtable_UH.dtype) == (scene.dtype, scene.dtype)
     assert dot(bias_HLM, dbias_HLM) == dot(table_UH, dtable_UH)
-    for h, l, m in np.ndindex(bias_HLM.shape):
-        assert bias_HLM[h, l, m] == table_UH[bucket_LM[l, m], h]
+    for (query, memory), bucket in np.ndenumerate(bucket_LM):
+        assert_equal(bias_HLM[:, query, memory], table_UH[bucket], "bias_H")
     assert_equal(dtable_UH[count_U == 0], np.zeros((int(np.sum(count_U == 0)), plan.sizes["H"])), "dtable_UH")
 
 
