@@ -68,6 +68,20 @@ def read_own(folder: Path) -> tuple[ModelConfig, ModelParams]:
     return config, with_leaves(template, {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items()})
 
 
+def write_own_into(folder: Path, config: ModelConfig, params: ModelParams, storage: str, shard_bytes: int) -> None:
+    """Write a model's files into a folder that is there.
+
+    Raises
+    ------
+    InputError
+        Where a value does not fit the storage format.
+    """
+    model = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
+    content = {"format": FORMAT, "version": VERSION, "model": model}
+    write_tensors(folder, leaves(params), storage, shard_bytes)
+    (folder / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
 def write_own(folder: Path, config: ModelConfig, params: ModelParams, storage: str, shard_bytes: int) -> None:
     """Write a model into a new folder.
 
@@ -76,8 +90,5 @@ def write_own(folder: Path, config: ModelConfig, params: ModelParams, storage: s
     InputError
         Where the folder exists already or cannot be written, or a value does not fit the storage format.
     """
-    model = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
-    content = {"format": FORMAT, "version": VERSION, "model": model}
     with new_folder(folder) as beside:
-        write_tensors(beside, leaves(params), storage, shard_bytes)
-        (beside / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        write_own_into(beside, config, params, storage, shard_bytes)

@@ -132,6 +132,28 @@ def trace(
     raise typer.Exit(_status_of(lambda: run_trace(Door(text, model, seed, length, png, html, index))))
 
 
+@app.command(
+    epilog="Example: `refswitch train tiny` or `refswitch train my_config.yaml steps=500 model.experts=16 run_dir=runs/mine`; "
+    "a run that was stopped goes on with `refswitch train runs/mine/config.yaml --resume`"
+)
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml|PRESET", help="A file (base: tiny, and what differs), or a preset: tiny, small.")],
+    assignments: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Laid over it, dotted: steps=500 model.experts=16.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run_dir, to the same bits.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every checkpoint.")] = False,
+) -> None:
+    """Train a small Switch Transformer: text to checkpoint to picture.
+
+    Exit status: 0 trained, 130 stopped by Ctrl-C and saved, 2 otherwise.
+    """
+    from refswitch.cli.train import Door, run_train
+
+    raise typer.Exit(_status_of(lambda: run_train(Door(config, assignments or [], resume, quiet, verbose))))
+
+
 def _status_of(command: Callable[[], int]) -> int:
     """Run a command; turn a caller's mistake into one line and status 2, an interruption into status 130."""
     try:
