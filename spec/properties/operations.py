@@ -76,7 +76,7 @@ def reference_operations() -> Operations:
     )
 
 
-def operations_of(label: str, backend: object) -> Operations:
-    """Return the operations of a backend: its public callables, by the reference's names."""
+def operations_of(label: str, backend: object, profile: str) -> Operations:
+    """Return the operations of a backend: its public callables, by the reference's names; and the profile in which it computes."""
     names = [name for name in dir(backend) if name[0] != "_" and callable(getattr(backend, name))]
-    return Operations(label, {name: getattr(backend, name) for name in names})
+    return Operations(label, {name: getattr(backend, name) for name in names}, profile=profile)
