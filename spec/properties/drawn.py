@@ -155,7 +155,7 @@ def assert_slopes(
     arguments: dict[str, np.ndarray],
     gradients: dict[str, np.ndarray],
     noise: float,
-    scene: Scene,
+    random: np.random.Generator,
     piece: Callable[..., Any] = lambda **_: 0,
     must: bool = True,
 ) -> int:
@@ -166,7 +166,7 @@ def assert_slopes(
     assert set(gradients) == set(arguments)
     compared = 0
     for name, x in arguments.items():
-        direction = scene.random.normal(size=x.shape)
+        direction = random.normal(size=x.shape)
 
         def along(t: float, name: str = name, x: np.ndarray = x, direction: np.ndarray = direction) -> tuple[float, Any]:
             there = {**arguments, name: x + t * direction}

@@ -243,7 +243,7 @@ def test_attention_backward__finite_difference(operations: Operations, plan: Pla
         there = Case(*(arrays[name] for name in names[:3]), params, case.allowed_BLM, case.factor_BHLM)
         return float(np.sum(dout_BLD * operations.attention_forward(*there, scene.points)[0]))
 
-    assert_slopes(value, dict(zip(names, (*case[:3], *case.params), strict=True)), dict(zip(names, gradients, strict=True)), noise, scene)
+    assert_slopes(value, dict(zip(names, (*case[:3], *case.params), strict=True)), dict(zip(names, gradients, strict=True)), noise, scene.random)
 
 
 @clause("T-ATT-1", "T-ATT-2")

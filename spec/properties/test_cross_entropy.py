@@ -129,7 +129,7 @@ def test_cross_entropy_backward__finite_difference(operations: Operations, plan:
         return operations.cross_entropy_forward(logits, case.targets_BL, case.weight_BL, denominator, smoothing, z_coef)[0]
 
     noise = noise_of([(case.tube(scene, denominator, smoothing, z_coef).value, np.ones(()))])
-    assert_slopes(value, {"logits": case.logits_BLV}, {"logits": dlogits_BLV}, noise, scene)
+    assert_slopes(value, {"logits": case.logits_BLV}, {"logits": dlogits_BLV}, noise, scene.random)
 
 
 @clause("T-LOSS-1", "T-LOSS-2")

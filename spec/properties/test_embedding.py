@@ -112,7 +112,7 @@ def test_logits__finite_difference(operations: Operations, plan: Plan) -> None:
 
         dx_BLD, dw = backward(dlogits_BLV, x_BLD, weight, MODEL_TRUTH)
         noise = noise_of([(tubes_of(x_BLD, weight, dlogits_BLV, MODEL_TRUTH, scene.arithmetic).logits_BLV, dlogits_BLV)])
-        assert_slopes(value, {"x": x_BLD, "w": weight}, {"x": dx_BLD, "w": dw}, noise, scene)
+        assert_slopes(value, {"x": x_BLD, "w": weight}, {"x": dx_BLD, "w": dw}, noise, scene.random)
 
 
 @clause("T-LOGITS-1", "T-LOGITS-2")

@@ -132,7 +132,7 @@ def test_feed_forward_backward__finite_difference(operations: Operations, plan: 
         out_BLD, _ = operations.feed_forward_forward(x_BLD, params._replace(**weights), factor_BLF, activation, scene.points)
         return float(np.sum(dout_BLD * out_BLD))
 
-    assert_slopes(value, arguments, dict(zip(arguments, gradients, strict=True)), noise_of([(tube.out_BLD, dout_BLD)]), scene)
+    assert_slopes(value, arguments, dict(zip(arguments, gradients, strict=True)), noise_of([(tube.out_BLD, dout_BLD)]), scene.random)
 
 
 @clause("T-FFN-1", "T-FFN-2")

@@ -102,7 +102,7 @@ def test_norm_backward__finite_difference(operations: Operations, plan: Plan, ep
     def value(x: np.ndarray, scale: np.ndarray) -> float:
         return float(np.sum(dout_BLD * operations.norm_forward(x, scale, epsilon, MODEL_TRUTH)[0]))
 
-    assert_slopes(value, {"x": x_BLD, "scale": scale_D}, {"x": dx_BLD, "scale": dscale_D}, noise, scene)
+    assert_slopes(value, {"x": x_BLD, "scale": scale_D}, {"x": dx_BLD, "scale": dscale_D}, noise, scene.random)
 
 
 @clause("T-NORM-1", "T-NORM-2")
