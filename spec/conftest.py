@@ -77,12 +77,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the properties of operations where none are under test, and the mutants where it is not the reference that is."""
-    unasked = set()
-    if not _operations(config):
-        unasked |= {item for item in items if "operations" in getattr(item, "fixturenames", ())}
-    if config.getoption("--refswitch") != "reference" and not config.getoption("--all-mutants"):
-        unasked |= {item for item in items if item.path.name == "test_traceability.py"}
+    """Leave out the properties of operations where none are under test; and of what is no property where it is not the reference that is."""
+    subjects = {"implementation"} | ({"operations"} if _operations(config) else set())
+    unasked = {item for item in items if not subjects & set(getattr(item, "fixturenames", ()))}
+    if config.getoption("--refswitch") == "reference" or config.getoption("--all-mutants"):
+        unasked = {item for item in unasked if "operations" in getattr(item, "fixturenames", ())}
     config.hook.pytest_deselected(items=list(unasked))
     items[:] = [item for item in items if item not in unasked]
 

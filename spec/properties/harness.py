@@ -40,6 +40,7 @@ settings.register_profile("long", max_examples=300, stateful_step_count=40, **_C
 KILLING = settings(
     settings.get_profile("refswitch"), max_examples=15, phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False, verbosity=Verbosity.quiet
 )
+CONTROL = settings(KILLING, max_examples=5)  # beside the explicit ones: a correct variant is run on all properties
 Subject = Implementation | Operations
 SUBJECTS = ("implementation", "operations")
 PROFILE = ["refswitch"]  # the profile that is in force; conftest sets it from --hypothesis-profile
