@@ -18,6 +18,9 @@ ALLOWED = {
     "reference": {"numpy", "refswitch.numbers", "refswitch.config", "refswitch.reference"},
     "proof": {"numpy", "refswitch.numbers", "refswitch.config", "refswitch.dims", "refswitch.proof"},
     "config.py": {"refswitch.numbers"},
+    "engine": {"numpy", "refswitch"},
+    "backends/protocol.py": {"numpy", "refswitch"},
+    "worlds/one.py": {"numpy", "refswitch.worlds"},
     "errors.py": set(),
     "dims.py": set(),
     "verify/case.py": {"numpy", "safetensors"},
@@ -60,6 +63,20 @@ def test_floor__notices_a_stranger() -> None:
     """The check can fail: a lazy import of a kernel in the reference."""
     planted = "import math\ndef f():\n    from refswitch.kernels.cpu import router\n    import torch.nn\n"
     assert strangers(planted, ALLOWED["reference"]) == {"refswitch.kernels.cpu", "torch.nn"}
+
+
+def questions_of_rank(source: str) -> list[str]:
+    """Return the conditions that ask for a rank or for the number of ranks."""
+    tests = [node.test for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.If, ast.IfExp, ast.While))]
+    return [ast.unparse(test) for test in tests if any(isinstance(node, ast.Attribute) and node.attr in ("rank", "size") for node in ast.walk(test))]
+
+
+def test_engine__asks_for_no_rank() -> None:
+    """Style 41: size 1 runs the same collectives. The size of an array is another thing: those conditions compare it with a number of elements."""
+    found = {file.name: questions_of_rank(file.read_text(encoding="utf-8")) for file in (PACKAGE / "engine").glob("*.py")}
+    asked = [text for texts in found.values() for text in texts if "world" in text or ".rank" in text]
+    assert asked == []
+    assert questions_of_rank("y = 1 if world.rank == 0 else 2\nif world.size > 1:\n    pass") == ["world.size > 1", "world.rank == 0"]
 
 
 def test_files__first_line_says_what_it_may_import() -> None:

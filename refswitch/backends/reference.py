@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from refswitch.config import ModelPoints
 from refswitch.model_config import ModelConfig
 from refswitch.numbers.philox import jitter, keep_factor
 from refswitch.numbers.precision import Format, round_to
 from refswitch.precision import Precision
+from refswitch.reference import attention
 from refswitch.reference.adafactor import adafactor_update
 from refswitch.reference.adamw import adamw_update
-from refswitch.reference.attention import attention_backward, attention_forward
+from refswitch.reference.attention import AttentionParams, AttentionSaved, attention_backward
 from refswitch.reference.block import StackStatics
 from refswitch.reference.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from refswitch.reference.embedding import (
@@ -85,6 +87,22 @@ def scaled(x: np.ndarray, factor: np.ndarray, format: Format) -> np.ndarray:
 def residual(x: np.ndarray, out: np.ndarray, factor: np.ndarray, format: Format) -> np.ndarray:
     """Return round(x + out * factor)."""
     return round_to(x + out * factor, format)
+
+
+def attention_forward(
+    x_BLD: np.ndarray,
+    memory_BMD: np.ndarray,
+    bias_HLM: np.ndarray,
+    params: AttentionParams,
+    allowed_BLM: np.ndarray,
+    factor_BHLM: np.ndarray,
+    points: ModelPoints,
+) -> tuple[np.ndarray, AttentionSaved]:
+    """Return the memory's values, mixed. What is one element is spread out: NumPy's order of summation follows the layout of sums and products."""
+    B, L, M, H = *x_BLD.shape[:2], memory_BMD.shape[1], params.w_query_DHK.shape[1]
+    whole_HLM = np.full((H, L, M), bias_HLM) if bias_HLM.size == 1 else bias_HLM
+    whole_BHLM = np.full((B, H, L, M), factor_BHLM) if factor_BHLM.size == 1 else factor_BHLM
+    return attention.attention_forward(x_BLD, memory_BMD, whole_HLM, params, allowed_BLM, whole_BHLM, points)
 
 
 def pool_balance(
