@@ -11,6 +11,7 @@ from refswitch.config import Dialect, Profile, rounding_points
 from refswitch.errors import InputError
 from refswitch.records import choices_of
 from refswitch.spec_data import (
+    data_root,
     knobs_of,
     load_clauses,
     load_dialect,

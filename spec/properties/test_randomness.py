@@ -22,7 +22,7 @@ KNOWN_ANSWERS = (  # Random123, kat_vectors, "philox4x32 10": counter, key, word
 )
 INTEGERS_32, INTEGERS_64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 ENDS = st.sampled_from((0, 2**16 - 3, 2**34 - 6, 2**64 - 40))  # around a chunk of blocks, a carry into the counter's second word, the last positions
-FAR = 2**64 - 64
+STARTS = st.builds(lambda end, more: min(end + more, 2**64 - 64), ENDS, st.integers(0, 9))
 
 
 def encrypted(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]:
@@ -65,8 +65,11 @@ def test_philox4x32__in_integers(operations: Operations, counter: tuple[int, int
 @needs("carry", "inside a block")
 @draws(
     examples=[(7, 2**32 + 5, 3, (2**34 - 6) + 1)],
-    step=st.integers(0, 2**32 - 1), seed=INTEGERS_64, site=INTEGERS_32, start=st.builds(lambda end, more: min(end + more, FAR), ENDS, st.integers(0, 9)),
-)  # fmt: skip
+    step=INTEGERS_32,
+    seed=INTEGERS_64,
+    site=INTEGERS_32,
+    start=STARTS,
+)
 def test_random_bits__is_the_word_of_its_position(operations: Operations, step: int, seed: int, site: int, start: int) -> None:
     """Position i is word i % 4 of block i // 4 under the seed, whether asked for in a range, in an array, alone or backwards."""
     index = range(start, start + 23)
@@ -126,17 +129,10 @@ def test_draws__a_shard_is_the_slice_of_the_whole(operations: Operations, cut: t
 def test_draws__every_part_of_the_address_counts(operations: Operations, seed: int, step: int) -> None:
     """Another seed (either word), step, layer, purpose or position has other words: of 64 two sets share one with a probability of 2^-20."""
     site = operations.site_of(3, Purpose.ROUTER_JITTER)
-    others = (
-        (seed + 1, step, site, 0),
-        (seed + 2**32, step, site, 0),
-        (seed, step + 1, site, 0),
-        (seed, step, site + 256, 0),
-        (seed, step, site + 1, 0),
-    )
-    sets = [
-        set(operations.random_bits(a_seed, a_step, a_site, range(start, start + 64)).tolist())
-        for (a_seed, a_step, a_site), start in (*((address, 0) for address in ((seed, step, site), *others)), ((seed, step, site), 64))
-    ]
+    here = (seed, step, site, 0)
+    others = [(seed + 1, step, site, 0), (seed + 2**32, step, site, 0), (seed, step + 1, site, 0), (seed, step, site + 256, 0)]
+    others += [(seed, step, site + 1, 0), (seed, step, site, 64)]
+    sets = [set(operations.random_bits(*address, range(start, start + 64)).tolist()) for *address, start in (here, *others)]
     assert sum(len(a & b) for i, a in enumerate(sets) for b in sets[:i]) <= 1
     assert np.array_equal(operations.random_bits(seed, step, site, range(64)), operations.random_bits(seed, step, site, range(64)))
 
@@ -163,8 +159,9 @@ def test_uniform__is_24_bits_of_a_word(operations: Operations, words: list[int],
 )
 def test_jitter__is_the_exact_value_rounded(operations: Operations, words: list[int], eps: float, seed: int) -> None:
     """1 + eps (2 u - 1) with eps as the nearest float32, in rational numbers, rounded to float64 and stored; within 1 - eps and 1 + eps."""
-    stored, array = Fraction(float(np.float32(eps))), np.array(words, np.uint32)
-    wanted = [np.float32(float(1 + stored * (Fraction(word >> 8, 2**23) - 1))) for word in words]
+    stored = Fraction(float(np.float32(eps)))
+    array = np.concatenate([np.array(words, np.uint32), operations.random_bits(seed, 1, 2, range(200))])
+    wanted = [np.float32(float(1 + stored * (Fraction(word >> 8, 2**23) - 1))) for word in array.tolist()]
     got = operations.jitter_of(array, eps)
     assert (got.dtype, got.tolist()) == (np.float32, [float(value) for value in wanted])
     assert np.all(np.abs(got.astype(np.float64) - 1.0) <= float(np.float32(eps)) + 2.0**-24)
