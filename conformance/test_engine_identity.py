@@ -18,6 +18,7 @@ from refswitch.backends import reference
 from refswitch.checkpoints.template import template_of
 from refswitch.engine import model as engine_model
 from refswitch.engine import step as engine_step
+from refswitch.engine.decoding import Picking, generate
 from refswitch.engine.model import model_backward, model_forward
 from refswitch.engine.noise import Address, StackNoise, draw_noise
 from refswitch.engine.optimizer import Optimizer, expert_axis, moves
@@ -25,11 +26,12 @@ from refswitch.engine.step import NonFiniteError, Setup, initial_state, loss_and
 from refswitch.errors import InputError
 from refswitch.model_config import PRESETS, ModelConfig
 from refswitch.model_setup import dialect_of, model_statics, no_noise
-from refswitch.numbers.philox import Purpose, jitter, keep_factor, permutation, site_of
+from refswitch.numbers.philox import Purpose, jitter, keep_factor, permutation, site_of, uniform
 from refswitch.precision import PRECISIONS, rounded, stored_gradients, stored_weights, weights_as_read
 from refswitch.reference import transformer as spec
 from refswitch.reference.adafactor import AdafactorState, adafactor_init, adafactor_update
 from refswitch.reference.adamw import AdamWState, adamw_init, adamw_update, clip_by_global_norm
+from refswitch.reference.decoding import decode
 from refswitch.reference.transformer import Batch, ModelParams, ModelStatics
 from refswitch.tree import leaves, with_leaves
 
@@ -344,6 +346,30 @@ def test_noise__lies_at_its_address() -> None:
     second = drawn_noise(jittered, statics_of(jittered, 2), first_row=2, rows=2)[0].blocks[1]
     assert np.array_equal(second.router.factor_BLD, whole[2:])
     assert np.array_equal(second.self_probs_BHLL, drawn_noise(jittered, statics_of(jittered))[0].blocks[1].self_probs_BHLL[2:])
+
+
+def answers(setup: Setup, params: ModelParams, tokens_BM: np.ndarray, valid_BM: np.ndarray, length: int, picking: Picking) -> np.ndarray:
+    return np.stack(list(generate(tokens_BM, valid_BM, params, setup, reference, length, 0, 1, 0, picking)), axis=1)
+
+
+@pytest.mark.parametrize("name", ["dropout and jitter", "gated, untied, released models", "dense"])
+@pytest.mark.parametrize("picking", [Picking(), Picking(0.9, 0.8)])
+def test_generate__is_the_reference(name: str, picking: Picking) -> None:
+    """The same tokens, greedy and sampled, as the reference decodes; no more once every row has ended."""
+    setup = setup_of(name)
+    params, batch = start(setup.config)
+    valid_BM = np.arange(M) < np.array([[M], [7], [3], [M]])
+    tokens_BL = answers(setup, params, batch.encoder_tokens_BM, valid_BM, 8, picking)
+    encoder = batch.encoder_tokens_BM, np.ones((B, M), int), valid_BM, np.arange(M)
+    statics = model_statics(setup.config, B, M, 1, train=False)
+    first = {field: getattr(batch, field)[:, :1] for field in Batch._fields if field.endswith("_BL")}
+    one_token = batch._replace(**dict(zip(Batch._fields[:4], encoder, strict=True)), **first, decoder_position_L=np.arange(1))
+    outputs, _ = spec.model_forward(one_token, params, no_noise(params, statics, B, M, 1), statics)
+    draws_BL = np.stack([uniform(SEED, step, site_of(0, Purpose.SAMPLING), (B,)) for step in range(8)], axis=1)
+    expected_BL, _ = decode(outputs.encoder.out_BLD, valid_BM, params, statics.decoder, draws_BL, 0, 1, 0, *picking)
+    length = tokens_BL.shape[1]
+    assert np.array_equal(tokens_BL, expected_BL[:, :length])
+    assert length == 8 or (expected_BL[:, length:] == 0).all()
 
 
 def test_train_step__names_the_first_place_that_is_no_number() -> None:

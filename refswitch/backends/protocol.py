@@ -23,6 +23,7 @@ from refswitch.reference.adafactor import AdafactorState, Rule
 from refswitch.reference.adamw import AdamWState
 from refswitch.reference.attention import AttentionParams
 from refswitch.reference.block import StackStatics
+from refswitch.reference.decoding import KeyValue
 from refswitch.reference.feed_forward import FeedForwardParams
 from refswitch.reference.switch import Statics, SwitchInputs, SwitchOutputs, SwitchParams
 
@@ -127,6 +128,14 @@ class Backend(Protocol):
         self, dout_BLD: np.ndarray, saved: Saved, params: AttentionParams, points: ModelPoints
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, AttentionParams]:
         """Return dx_BLD, dmemory_BMD, dbias_HLM and the parameters' gradients."""
+
+    def project(self, x_BMD: np.ndarray, params: AttentionParams, points: ModelPoints) -> KeyValue:
+        """Return the keys and values of some tokens, in arrays that outlive the step."""
+
+    def attend(
+        self, x_BLD: np.ndarray, memory: KeyValue, bias_HLM: np.ndarray, allowed_BLM: np.ndarray, params: AttentionParams, points: ModelPoints
+    ) -> np.ndarray:
+        """Return what queries find in a memory whose keys and values are known."""
 
     def feed_forward_forward(
         self, x_BLD: np.ndarray, params: FeedForwardParams, factor_BLF: np.ndarray, activation: str, points: ModelPoints

@@ -20,6 +20,7 @@ from refswitch.reference.adamw import adamw_update
 from refswitch.reference.attention import AttentionParams, AttentionSaved, attention_backward
 from refswitch.reference.block import StackStatics
 from refswitch.reference.cross_entropy import cross_entropy_backward, cross_entropy_forward
+from refswitch.reference.decoding import attend, project
 from refswitch.reference.embedding import (
     embed_backward,
     embed_forward,
@@ -36,11 +37,44 @@ from refswitch.reference.router import choose
 from refswitch.reference.switch import SwitchOutputs, SwitchSaved, switch_backward, switch_forward
 
 __all__ = [
-    "adafactor_update", "adamw_update", "added", "attention_backward", "attention_forward", "begin", "cross_entropy_backward",
-    "cross_entropy_forward", "dtype", "embed_backward", "embed_forward", "feed_forward_backward", "feed_forward_forward", "jitter", "keep_factor",
-    "logits_backward", "logits_forward", "mark", "name", "norm_backward", "norm_forward", "pool_balance", "position_bias_backward",
-    "position_bias_forward", "release", "residual", "rounded", "running", "scaled", "scaled_by", "squared_norm", "supports", "switch_backward",
-    "switch_forward", "tied_logits_backward", "tied_logits_forward",
+    "adafactor_update",
+    "adamw_update",
+    "added",
+    "attend",
+    "attention_backward",
+    "attention_forward",
+    "begin",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "dtype",
+    "embed_backward",
+    "embed_forward",
+    "feed_forward_backward",
+    "feed_forward_forward",
+    "jitter",
+    "keep_factor",
+    "logits_backward",
+    "logits_forward",
+    "mark",
+    "name",
+    "norm_backward",
+    "norm_forward",
+    "pool_balance",
+    "position_bias_backward",
+    "position_bias_forward",
+    "project",
+    "release",
+    "residual",
+    "rounded",
+    "running",
+    "scaled",
+    "scaled_by",
+    "squared_norm",
+    "supports",
+    "switch_backward",
+    "switch_forward",
+    "tied_logits_backward",
+    "tied_logits_forward",
 ]  # fmt: skip
 
 name = "reference"

@@ -12,9 +12,9 @@ What a trainer calls, in `step`:
     evaluate(state.params, batch, setup, step, backend)                           Evaluation: sums, to be added over batches
     state_arrays(state), state_from(arrays, like)                                 to a file and back, to the same bits
 
-`decoding.generate` answers prompts. `step.loss_and_gradients` is the part of a step before the update; `model.model_forward` and `model_backward` are
-the pass itself, under an explicit noise, with the reference's records for parameters, batch, outputs and losses. A step whose objective is no number
-raises `NonFiniteError` with the first place that holds none, and leaves the state as it was.
+`decoding.generate` yields the tokens of answers as they come. `step.loss_and_gradients` is the part of a step before the update;
+`model.model_forward` and `model_backward` are the pass itself, under an explicit noise, with the reference's records for parameters, batch, outputs
+and losses. A step whose objective is no number raises `NonFiniteError` with the first place that holds none, and leaves the state as it was.
 
 Randomness is by address: a step draws what (seed, step, layer and purpose, position in the batch) say, so a run goes on from (parameters, optimizer
 state, step) as if it had not stopped. Arrays that a backend returns may be overwritten from the next step on.
