@@ -57,6 +57,41 @@ class DataConfig:
             raise InputError("data.pack=true: needs examples whose length is known beforehand, which those of data.objective=iid are not")
 
 
+@dataclass(frozen=True)
+class TaskConfig:
+    """One text-to-text task: pairs of inputs and targets, in JSON lines or in a table with tabs."""
+
+    name: str
+    train: tuple[str, ...]  # files, folders, globs
+    validation: tuple[str, ...]
+    prefix: str  # stands before every input: "sst2 sentence: "
+    inputs: str  # the field or the column
+    targets: str
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Tasks that are trained on together, each as often as its size, up to a limit, to a power."""
+
+    tasks: tuple[TaskConfig, ...]
+    limit: int  # a task counts as no larger (T5: 2**19; ST-MoE: 65536); 0: as large as it is
+    exponent: float  # 1: in proportion; 0.3: mT5's languages; 0: all alike
+    inputs_length: int  # of a row, with its end-of-sequence; longer inputs are cut
+    targets_length: int
+    pack: bool
+    batch: int
+
+    def __post_init__(self) -> None:
+        """Refuse what describes no mixture."""
+        if not self.tasks or len({task.name for task in self.tasks}) < len(self.tasks):
+            raise InputError("tasks: should be at least one, of different names")
+        for name, least in (("limit", 0), ("inputs_length", 1), ("targets_length", 1), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)}: should be at least {least}")
+        if not 0.0 <= self.exponent <= 1.0:
+            raise InputError(f"exponent={self.exponent}: should be in [0, 1]")
+
+
 PYTHON_TEXT = DataConfig(
     sources=(),
     field="text",

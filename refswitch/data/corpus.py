@@ -61,9 +61,7 @@ class Part:
         self.hash = hashlib.sha256()
 
     def add(self, ids: np.ndarray) -> None:
-        """Append one document; one without tokens is none."""
-        if not ids.size:
-            return
+        """Append one document."""
         self.tokens += ids.size
         self.documents += 1
         for file, content in ((self.ids, ids.astype(self.dtype).tobytes()), (self.ends, np.int64(self.tokens).tobytes())):
@@ -75,7 +73,7 @@ class Part:
         arrays = []
         for file, dtype in ((self.ids, self.dtype), (self.ends, "<i8")):
             file.flush()
-            arrays.append(np.memmap(file, dtype, "r") if self.tokens else np.empty(0, dtype))
+            arrays.append(np.memmap(file, dtype, "r") if file.tell() else np.empty(0, dtype))
         return Tokens(arrays[0], arrays[1], self.hash.hexdigest()[:12])
 
 
@@ -121,7 +119,8 @@ def build(config: DataConfig, files: list[tuple[bool, Source]], vocabulary: Voca
     for name, text, held_out in cleaned(read_documents(config, files, progress), config):
         content = text.encode("utf-8")
         whole.update(f"{name}\0{held_out:d}\0{len(content)}\0".encode("utf-8", "surrogateescape") + content)
-        parts[held_out].add(vocabulary.encode(text))
+        if (ids := vocabulary.encode(text)).size:
+            parts[held_out].add(ids)
     return whole.hexdigest()[:12]
 
 

@@ -11,11 +11,13 @@ import numpy as np
 from refswitch.data.config import DataConfig
 from refswitch.data.corpus import Tokens
 from refswitch.data.objective import ask, example_lengths, objective_of
-from refswitch.data.segments import Epoch, epoch_of, read_segments, segment_of
+from refswitch.data.segments import Epoch, epoch_of, read_segments, segment_order, segment_places
 from refswitch.data.spans import Ragged
 from refswitch.data.vocabulary import Vocabulary
 
 KEPT_EPOCHS = 2  # a batch lies in one, or across the border of two
+WINDOW = 1 << 11  # examples whose order is drawn together
+KEPT_WINDOWS = 16
 
 
 class Part(NamedTuple):
@@ -49,6 +51,7 @@ class Segments:
         self.inputs_length, self.targets_length, self.pad = self.objective.inputs_length, self.objective.targets_length, vocabulary.pad
         self.first = [0]  # the first example of each epoch whose size is known
         self.kept: dict[int, Epoch] = {}
+        self.windows: dict[tuple[int, int], np.ndarray] = {}
 
     def epoch(self, number: int) -> Epoch:
         """Return an epoch; the last ones that were asked for are kept."""
@@ -75,7 +78,22 @@ class Segments:
             which = np.flatnonzero((number >= self.first[epoch]) & (number < self.first[epoch + 1]))
             if which.size:
                 whole = self.epoch(epoch)
-                yield which, whole, *segment_of(whole, number[which] - self.first[epoch], self.seed)
+                segment = self.segments_at(whole, number[which] - self.first[epoch])
+                yield which, whole, segment, *segment_places(whole, segment)
+
+    def segments_at(self, epoch: Epoch, position: np.ndarray) -> np.ndarray:
+        """Return the segments at some positions of an epoch's order, by windows of it: a shuffle of many costs little more than that of a few."""
+        segment = np.empty_like(position)
+        for window in np.unique(position // WINDOW).tolist():
+            key = epoch.number, window
+            if key not in self.windows:
+                if len(self.windows) >= KEPT_WINDOWS:
+                    del self.windows[next(iter(self.windows))]
+                around = np.arange(window * WINDOW, min((window + 1) * WINDOW, epoch.segments))
+                self.windows[key] = segment_order(epoch, around, self.seed)
+            inside = position // WINDOW == window
+            segment[inside] = self.windows[key][position[inside] - window * WINDOW]
+        return segment
 
     def lengths(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the lengths of some examples' inputs and targets, without reading them."""

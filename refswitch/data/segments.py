@@ -87,12 +87,16 @@ def epoch_of(tokens: Tokens, L: int, chunk: int, which: str, concatenate: int, s
     return Epoch(number, start[order], end_I, token_G, segment_G, L)
 
 
-def segment_of(epoch: Epoch, position: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return, for positions in an epoch's random order of segments, the segments' numbers, where they begin in the epoch, and their lengths."""
-    number = shuffled(position, epoch.segments, seed, epoch.number, SEGMENT_ORDER)
+def segment_order(epoch: Epoch, position: np.ndarray, seed: int) -> np.ndarray:
+    """Return the numbers of the segments at some positions of an epoch's random order."""
+    return shuffled(position, epoch.segments, seed, epoch.number, SEGMENT_ORDER)
+
+
+def segment_places(epoch: Epoch, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where segments begin in the epoch, and their lengths."""
     group = np.searchsorted(epoch.segment_G, number, side="right") - 1
     start = epoch.token_G[group] + (number - epoch.segment_G[group]) * epoch.L
-    return number, start, np.minimum(epoch.token_G[group + 1] - start, epoch.L)
+    return start, np.minimum(epoch.token_G[group + 1] - start, epoch.L)
 
 
 def ramp(length: np.ndarray) -> np.ndarray:
