@@ -187,7 +187,7 @@ class Backend(Protocol):
         expert_axis: int | None = None,
         rule: Rule = "mesh",
     ) -> tuple[np.ndarray, AdafactorState]:
-        """Return the tensor and its state after one update; both may be overwritten."""
+        """Return the tensor and its state after one update, which outlive the step; what was passed may be overwritten."""
 
     def adamw_update(
         self,
@@ -200,4 +200,4 @@ class Backend(Protocol):
         epsilon: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> tuple[np.ndarray, AdamWState]:
-        """Return the tensor and its state after one update; both may be overwritten."""
+        """Return the tensor and its state after one update, which outlive the step; what was passed may be overwritten."""

@@ -6,8 +6,11 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from refswitch.backends.protocol import Backend
 from refswitch.config import Dialect
+from refswitch.numbers.precision import Format
 from refswitch.precision import Precision
 from refswitch.reference.adafactor import AdafactorState, Rule, adafactor_init
 from refswitch.reference.adamw import AdamWState, adamw_init
@@ -76,6 +79,14 @@ def clipped(gradients: Arrays, limit: float, backend: Backend) -> tuple[Arrays, 
     return {path: backend.scaled_by(gradient, limit / norm) for path, gradient in gradients.items()}, norm
 
 
+def stored(x: np.ndarray, format: Format, backend: Backend) -> np.ndarray:
+    """Return x on the grid of a format, in x's own memory: it outlives the step."""
+    narrow = backend.rounded(x, format) if x.size else x
+    if narrow is not x:
+        np.copyto(x, narrow)
+    return x
+
+
 def update(
     params: ModelParams,
     gradients: ModelParams,
@@ -91,11 +102,12 @@ def update(
     moving = {path: gradient for path, gradient in leaves(gradients).items() if moves(path, dialect)}
     moving, norm = clipped(moving, optimizer.clip_norm, backend)
     for path, gradient in moving.items():
-        state = states[path]
+        since, state = backend.mark(), states[path]
         if optimizer.name == "adafactor":
             updated, state = backend.adafactor_update(weights[path], gradient, state, learning_rate, expert_axis(path), optimizer.rule)
         else:
             updated, state = backend.adamw_update(weights[path], gradient, state, learning_rate, weight_decay=optimizer.weight_decay)
-        weights[path] = backend.rounded(updated, setting.weights)
-        states[path] = type(state)(state.step, *(backend.rounded(part, setting.optimizer) for part in state[1:]))
+        weights[path] = stored(updated, setting.weights, backend)
+        states[path] = type(state)(state.step, *(stored(part, setting.optimizer, backend) for part in state[1:]))
+        backend.release(since, backend.mark(), ())
     return with_leaves(params, weights), with_leaves(params, states), norm

@@ -22,7 +22,7 @@ from refswitch.backends.protocol import UNROUNDED, Backend
 from refswitch.engine.metrics import LayerMetrics, layer_metrics, layer_sums
 from refswitch.engine.model import ModelSaved, first_non_finite, head_forward, hidden_forward, model_backward, model_forward
 from refswitch.engine.noise import Address, check_noise, draw_noise
-from refswitch.engine.optimizer import Optimizer, OptimizerTree, initial_optimizer, update
+from refswitch.engine.optimizer import Optimizer, OptimizerTree, initial_optimizer, stored, update
 from refswitch.errors import InputError
 from refswitch.model_config import ModelConfig
 from refswitch.model_setup import dialect_of, model_statics
@@ -92,8 +92,8 @@ def check(setup: Setup, backend: Backend) -> None:
 
 def initial_state(params: ModelParams, setup: Setup, backend: Backend) -> TrainState:
     """Return the state before the first step: copies of the parameters as they are stored."""
-    stored = {path: backend.rounded(np.array(leaf, backend.dtype), setup.setting.weights) for path, leaf in leaves(params).items()}
-    params = with_leaves(params, stored)
+    copies = {path: stored(np.array(leaf, backend.dtype), setup.setting.weights, backend) for path, leaf in leaves(params).items()}
+    params = with_leaves(params, copies)
     return TrainState(0, params, initial_optimizer(params, setup.optimizer, dialect_of(setup.config), backend))
 
 
@@ -227,9 +227,9 @@ def train_step(
         backend.begin()
         read = rounded_tree(state.params, setup.setting.read, backend)
         losses, gradients, sums = loss_and_gradients(read, batch, setup, state.step, backend, world)
-        stored = rounded_tree(gradients, setup.setting.weight_gradients, backend)
+        gradients = rounded_tree(gradients, setup.setting.weight_gradients, backend)
         params, tree, norm = update(
-            state.params, stored, state.optimizer, setup.optimizer, learning_rate, setup.setting, dialect_of(setup.config), backend
+            state.params, gradients, state.optimizer, setup.optimizer, learning_rate, setup.setting, dialect_of(setup.config), backend
         )
     _, weight = whole_denominator(batch, setup, world)
     return TrainState(state.step + 1, params, tree), StepMetrics(losses, weight, norm, layer_metrics(sums, world))
