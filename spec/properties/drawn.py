@@ -151,17 +151,18 @@ def noise_of(pairs: list[tuple[Tube, np.ndarray]]) -> float:
 
 
 def assert_slopes(
-    value: Callable[..., float],
+    value: Callable[..., tuple[float, Any]],
     arguments: dict[str, np.ndarray],
     gradients: dict[str, np.ndarray],
     noise: float,
     random: np.random.Generator,
-    piece: Callable[..., Any] = lambda **_: 0,
     must: bool = True,
+    step: float = STEP,
 ) -> int:
     """Assert that the derivative along a drawn direction of each argument is that of a central difference; return how many were compared.
 
-    `piece` tells the pieces of a piecewise smooth function apart: a direction that crosses a border is refused, and fails where it `must` not.
+    `value` returns with the value what tells the pieces of a piecewise smooth function apart: a direction that crosses a border is refused, and
+    fails where it `must` not.
     """
     assert set(gradients) == set(arguments)
     compared = 0
@@ -169,10 +170,9 @@ def assert_slopes(
         direction = random.normal(size=x.shape)
 
         def along(t: float, name: str = name, x: np.ndarray = x, direction: np.ndarray = direction) -> tuple[float, Any]:
-            there = {**arguments, name: x + t * direction}
-            return value(**there), piece(**there)
+            return value(**{**arguments, name: x + t * direction})
 
-        found = difference_ratio(along, float(np.sum(gradients[name] * direction)), STEP, noise, np.array_equal)
+        found = difference_ratio(along, float(np.sum(gradients[name] * direction)), step, noise, np.array_equal)
         assert found.ok or (found.refused and not must), f"the slope along {name} is off by {found.ratio:.3g} radii"
         compared += found.ok
     return compared

@@ -1,4 +1,4 @@
-# May import: standard library, numpy, refswitch.
+# May import: standard library, numpy, hypothesis, refswitch, properties.drawn.
 """Small encoder-decoders for the properties of blocks, stacks, the model, decoding and beam search.
 
 Sizes are pairwise distinct, but for the groups: a swapped axis cannot pass. Packed segments of several lengths, padding that is a segment of its own,
@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from hypothesis import strategies as st
 
+from properties.drawn import MOTLEY, SELECTIVE
 from refswitch.config import MODEL_TRUTH, ModelPoints, rounding_points
 from refswitch.numbers.precision import round_to
 from refswitch.reference.attention import AttentionParams
@@ -19,12 +21,15 @@ from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.feed_forward import FeedForwardParams
 from refswitch.reference.switch import SwitchParams
 from refswitch.reference.transformer import Batch, BlockNoise, BlockParams, ModelOutputs, ModelParams, ModelStatics, StackNoise, StackParams
-from refswitch.spec_data import load_dialect, load_profile
+from refswitch.spec_data import load_dialect, load_profile, parse_record
 from refswitch.tree import leaves, with_leaves
 
 H, B, L, D, M, K, U, E, V, F = 2, 3, 4, 5, 6, 7, 8, 9, 11, 13
 GROUPS = (2, 4)  # of 18 tokens of the encoder, of 12 of the decoder
 CAPACITY = 2
+SETTINGS = ((MODEL_TRUTH, "float64"), (SELECTIVE, "bfloat16"), (MOTLEY[0], "bfloat16"), (MOTLEY[1], "float32"))  # around the layers, in them
+SEEDS = st.integers(0, 2**20)
+PLANS = st.tuples(st.integers(0, len(SETTINGS) - 1), SEEDS)
 
 
 class Kind(NamedTuple):
@@ -33,7 +38,8 @@ class Kind(NamedTuple):
     dialect: str = "mesh_tensorflow"
     tied: bool = True
     denominator: str = "targets"
-    sparse: tuple[bool, ...] = (False, True)  # which blocks of each stack
+    sparse: tuple[bool, ...] = (False, True)  # which blocks of the encoder
+    decoder: tuple[bool, ...] = ()  # and of the decoder, where it is not as the encoder
     gated: bool = False
     activation: str = "relu"
     drops: bool = True  # else no capacity binds
@@ -44,10 +50,10 @@ class Kind(NamedTuple):
 KINDS = (
     Kind("mesh_tensorflow"),
     Kind("flax_masked_switch_base", False, "weights"),
-    Kind("hf_4_57", True, "weights", sparse=(True, True)),
+    Kind("hf_4_57", True, "weights", sparse=(True, True), decoder=(False, True)),
     Kind("keras_io", False, "targets", gated=True, activation="gelu_tanh"),
-    Kind("labml_switch", True, "weights", sparse=(True, False, True), activation="silu"),
-    Kind("mesh_ntlb"),
+    Kind("labml_switch", True, "weights", sparse=(True, False, True), decoder=(True,), activation="silu"),
+    Kind("mesh_ntlb", sparse=(False, False), decoder=(False, True)),
 )
 
 
@@ -65,7 +71,7 @@ class _Draw:
 
     def __init__(self, kind: Kind, seed: int, around: ModelPoints) -> None:
         self.kind, self.around, self.rng = kind, around, np.random.default_rng(seed)
-        self.dialect = load_dialect(kind.dialect)
+        self.dialect = load_dialect(parse_record(kind.dialect))
 
     def array(self, *shape: int) -> np.ndarray:
         return 0.6 * self.rng.normal(size=shape)
@@ -85,8 +91,12 @@ class _Draw:
         experts = ExpertsParams(self.array(E, D, F), None, self.array(E, F, D), np.zeros((E, F)), np.zeros((E, F)), np.zeros((E, D)))
         return FeedForwardLayerParams(1 + self.array(D), SwitchParams(self.array(D, E), np.zeros(E), experts, np.zeros(D)))
 
+    def sparse(self, is_decoder: bool) -> tuple[bool, ...]:
+        return self.kind.decoder if is_decoder and self.kind.decoder else self.kind.sparse
+
     def stack(self, is_decoder: bool) -> StackParams:
-        blocks = [BlockParams(self.attention(), self.attention() if is_decoder else None, self.feed_forward(layer)) for layer in self.kind.sparse]
+        attentions = [(self.attention(), self.attention() if is_decoder else None) for _ in self.sparse(is_decoder)]
+        blocks = [BlockParams(*pair, self.feed_forward(layer)) for pair, layer in zip(attentions, self.sparse(is_decoder), strict=True)]
         return StackParams(tuple(blocks), self.array(U, H), 1 + self.array(D))
 
     def block_noise(self, N: int, groups: int) -> BlockNoise:
@@ -99,8 +109,9 @@ class _Draw:
         attentions = self.factor(B, H, N, N), self.factor(B, N, D), self.factor(B, H, N, M), self.factor(B, N, D)
         return BlockNoise(*attentions, router, self.factor(B, N, F), self.factor(B, N, D))
 
-    def noise(self, N: int, groups: int) -> StackNoise:
-        return StackNoise(self.factor(B, N, D), tuple(self.block_noise(N, groups) for _ in self.kind.sparse), self.factor(B, N, D))
+    def noise(self, is_decoder: bool) -> StackNoise:
+        N, groups = L if is_decoder else M, GROUPS[is_decoder]
+        return StackNoise(self.factor(B, N, D), tuple(self.block_noise(N, groups) for _ in self.sparse(is_decoder)), self.factor(B, N, D))
 
     def statics(self, is_decoder: bool, profile: str) -> StackStatics:
         groups = GROUPS[is_decoder]
@@ -124,7 +135,7 @@ def setup_of(kind: Kind, seed: int = 0, around: ModelPoints = MODEL_TRUTH, profi
     weight_BL = (DECODER_SEGMENT_BL != 0) * draw.rng.integers(1, 3, (B, L)) * 1.0
     batch = Batch(*encoder, *decoder, draw.rng.integers(1, V, (B, L)), weight_BL)
     params = ModelParams(draw.array(V, D), draw.stack(False), draw.stack(True), None if kind.tied else draw.array(D, V))
-    noise = draw.noise(M, GROUPS[0]), draw.noise(L, GROUPS[1])
+    noise = draw.noise(False), draw.noise(True)
     statics = ModelStatics(draw.statics(False, profile), draw.statics(True, profile), kind.denominator, 0.125, 0.0625)
     return Setup(batch, on_grid(params, around), on_grid(noise, around), statics)
 

@@ -238,10 +238,10 @@ def test_attention_backward__finite_difference(operations: Operations, plan: Pla
     noise = noise_of([(tubes_of(case, dout_BLD, scene).out_BLD, dout_BLD)])
     names = ("x_BLD", "memory_BMD", "bias_HLM", *AttentionParams._fields)
 
-    def value(**arrays: np.ndarray) -> float:
+    def value(**arrays: np.ndarray) -> tuple[float, int]:
         params = AttentionParams(*(arrays[name] for name in AttentionParams._fields))
         there = Case(*(arrays[name] for name in names[:3]), params, case.allowed_BLM, case.factor_BHLM)
-        return float(np.sum(dout_BLD * operations.attention_forward(*there, scene.points)[0]))
+        return float(np.sum(dout_BLD * operations.attention_forward(*there, scene.points)[0])), 0
 
     assert_slopes(value, dict(zip(names, (*case[:3], *case.params), strict=True)), dict(zip(names, gradients, strict=True)), noise, scene.random)
 

@@ -125,8 +125,8 @@ def test_cross_entropy_backward__finite_difference(operations: Operations, plan:
     case = Case(scene)
     _, dlogits_BLV = case.play(operations, denominator, smoothing, z_coef)
 
-    def value(logits: np.ndarray) -> float:
-        return operations.cross_entropy_forward(logits, case.targets_BL, case.weight_BL, denominator, smoothing, z_coef)[0]
+    def value(logits: np.ndarray) -> tuple[float, int]:
+        return operations.cross_entropy_forward(logits, case.targets_BL, case.weight_BL, denominator, smoothing, z_coef)[0], 0
 
     noise = noise_of([(case.tube(scene, denominator, smoothing, z_coef).value, np.ones(()))])
     assert_slopes(value, {"logits": case.logits_BLV}, {"logits": dlogits_BLV}, noise, scene.random)

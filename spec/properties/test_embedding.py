@@ -107,8 +107,8 @@ def test_logits__finite_difference(operations: Operations, plan: Plan) -> None:
         (operations.logits_forward, operations.logits_backward, np.ascontiguousarray(table_VD.T), logits_tubes),
     ):
 
-        def value(x: np.ndarray, w: np.ndarray, forward: object = forward) -> float:
-            return float(np.sum(dlogits_BLV * forward(x, w, MODEL_TRUTH)))  # type: ignore[operator]
+        def value(x: np.ndarray, w: np.ndarray, forward: object = forward) -> tuple[float, int]:
+            return float(np.sum(dlogits_BLV * forward(x, w, MODEL_TRUTH))), 0  # type: ignore[operator]
 
         dx_BLD, dw = backward(dlogits_BLV, x_BLD, weight, MODEL_TRUTH)
         noise = noise_of([(tubes_of(x_BLD, weight, dlogits_BLV, MODEL_TRUTH, scene.arithmetic).logits_BLV, dlogits_BLV)])

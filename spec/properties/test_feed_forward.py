@@ -128,9 +128,9 @@ def test_feed_forward_backward__finite_difference(operations: Operations, plan: 
     tube = feed_forward_tubes(x_BLD, tuple(params), factor_BLF, activation, dout_BLD, scene.points, scene.arithmetic)
     arguments = {"x_BLD": x_BLD, **{name: weight for name, weight in params._asdict().items() if weight is not None}}
 
-    def value(x_BLD: np.ndarray, **weights: np.ndarray) -> float:
+    def value(x_BLD: np.ndarray, **weights: np.ndarray) -> tuple[float, int]:
         out_BLD, _ = operations.feed_forward_forward(x_BLD, params._replace(**weights), factor_BLF, activation, scene.points)
-        return float(np.sum(dout_BLD * out_BLD))
+        return float(np.sum(dout_BLD * out_BLD)), 0
 
     assert_slopes(value, arguments, dict(zip(arguments, gradients, strict=True)), noise_of([(tube.out_BLD, dout_BLD)]), scene.random)
 

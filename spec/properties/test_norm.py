@@ -99,8 +99,8 @@ def test_norm_backward__finite_difference(operations: Operations, plan: Plan, ep
     dx_BLD, dscale_D = operations.norm_backward(dout_BLD, saved, scale_D, MODEL_TRUTH)
     noise = noise_of([(norm_tubes(x_BLD, scale_D, epsilon, dout_BLD, MODEL_TRUTH, scene.arithmetic).out_BLD, dout_BLD)])
 
-    def value(x: np.ndarray, scale: np.ndarray) -> float:
-        return float(np.sum(dout_BLD * operations.norm_forward(x, scale, epsilon, MODEL_TRUTH)[0]))
+    def value(x: np.ndarray, scale: np.ndarray) -> tuple[float, int]:
+        return float(np.sum(dout_BLD * operations.norm_forward(x, scale, epsilon, MODEL_TRUTH)[0])), 0
 
     assert_slopes(value, {"x": x_BLD, "scale": scale_D}, {"x": dx_BLD, "scale": dscale_D}, noise, scene.random)
 
