@@ -19,6 +19,7 @@ import dataclasses
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from refswitch.proof.exact_rows import COVERED, refuse
 from refswitch.proof.exact_switch import exact_switch
 from refswitch.proof.tape import Undecided
 from refswitch.reference.capacity import Route
+from refswitch.reference.switch import switch_backward, switch_forward
 from refswitch.spec_data import load_dialect, load_profile, names_of
 from refswitch.verify import layer as stages
 from refswitch.verify.case import INPUTS, OUTPUTS, Case
@@ -241,10 +243,10 @@ class Witness(NamedTuple):
     looked_at: dict[str, np.ndarray]  # rows of which an output is looked at; not named: all
 
 
-def witness(drawn: Drawn) -> Witness:
-    """Run the reference and the judge."""
+def witness(drawn: Drawn, forward: Callable[..., Any] = switch_forward, backward: Callable[..., Any] = switch_backward) -> Witness:
+    """Run the reference, or another layer of its signature, and the judge."""
     case, dialect, _ = drawn
-    outputs = reference_outputs(case, dialect, TRUTH)
+    outputs = reference_outputs(case, dialect, TRUTH, forward, backward)
     kept_GS = outputs["kept"]
     layer = stages.prepare_layer(case, Target(dialect, FLOAT64, frozenset(), {}))
     rows_GS = ~layer.sits_out_GS

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from refswitch.config import Dialect, RoundingPoints
@@ -60,17 +63,25 @@ def params_of(case: Case) -> SwitchParams:
     return SwitchParams(np.asarray(case.w_router, np.float64), _array(case, "b_router", np.zeros(E)), experts, b_out if shared else np.zeros(D))
 
 
-def call_reference(case: Case, dialect: Dialect, points: RoundingPoints) -> tuple[SwitchOutputs, SwitchSaved, SwitchParams, Statics]:
-    """Run the reference's forward pass on a case."""
+def call_reference(
+    case: Case, dialect: Dialect, points: RoundingPoints, forward: Callable[..., Any] = switch_forward
+) -> tuple[SwitchOutputs, SwitchSaved, SwitchParams, Statics]:
+    """Run the reference's forward pass on a case, or another of its signature."""
     params = params_of(case)
     statics = Statics(dialect, points, case.activation, case.capacity)
-    outputs, saved = switch_forward(inputs_of(case, dialect), params, statics)
+    outputs, saved = forward(inputs_of(case, dialect), params, statics)
     return outputs, saved, params, statics
 
 
-def reference_outputs(case: Case, dialect: Dialect, points: RoundingPoints) -> dict[str, np.ndarray]:
-    """Return everything that the contract names, computed by the reference."""
-    outputs, saved, params, statics = call_reference(case, dialect, points)
+def reference_outputs(
+    case: Case,
+    dialect: Dialect,
+    points: RoundingPoints,
+    forward: Callable[..., Any] = switch_forward,
+    backward: Callable[..., Any] = switch_backward,
+) -> dict[str, np.ndarray]:
+    """Return everything that the contract names, computed by the reference, or by another layer of its signature."""
+    outputs, saved, params, statics = call_reference(case, dialect, points, forward)
     named = {
         "out": outputs.out_GSD, "logits": outputs.logits_GSE, "probs": outputs.probs_GSE, "expert": outputs.route.expert_GS,
         "slot": outputs.route.slot_GS, "kept": outputs.route.kept_GS, "gate": outputs.gate_GS, "hidden": outputs.hidden_GSF,
@@ -80,7 +91,7 @@ def reference_outputs(case: Case, dialect: Dialect, points: RoundingPoints) -> d
     if dout is None:
         return named
     daux, dz = float(case.get("daux", 0.0)), float(case.get("dz", 0.0))
-    dx, dparams = switch_backward(np.asarray(dout, np.float64), daux, dz, saved, params, statics)
+    dx, dparams = backward(np.asarray(dout, np.float64), daux, dz, saved, params, statics)
     experts = dparams.experts
     shared = case.get("b_out") is not None and case.b_out.ndim == 1
     gradients = {

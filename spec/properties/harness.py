@@ -74,12 +74,17 @@ class Property:
 
     def unsupported(self, subject: Subject) -> str:
         """Return why the property does not speak of what is under test, or nothing."""
+        if isinstance(subject, Operations) != (self.subject == "operations"):
+            return f"it is about {self.subject}"
         if isinstance(subject, Operations):
             return self._unsupported_operations(subject)
         return self._unsupported_implementation(subject)
 
     def _unsupported_operations(self, operations: Operations) -> str:
-        named = [place.rpartition(".")[2] for name in self.clauses for place in load_operations()[name]["functions"]]
+        """Return which operation is missing: of those that its clauses name, or under a clause of the layer the one that its own name says."""
+        around, of_layer = load_operations(), self.name.removeprefix("test_").partition("__")[0]
+        named = [place.rpartition(".")[2] for name in self.clauses if name in around for place in around[name]["functions"]]
+        named += [of_layer] if any(name not in around for name in self.clauses) else []
         missing = [name for name in named if name not in operations.functions]
         if missing:
             return f"{operations.label} has no operation {missing[0]}"
@@ -203,7 +208,7 @@ def clause(*names: str, is_oracle: bool = False) -> Callable[[Any], Any]:
             raise ValueError(f"there is no clause {name}")
 
     def mark(test: Any) -> Any:
-        known = load_operations() if test.entry.subject == "operations" else load_clauses()
+        known = every_clause() if test.entry.subject == "operations" else load_clauses()
         strange = [name for name in names if name not in known]
         if strange:
             raise ValueError(f"{test.entry.name}: {strange[0]} is not a clause of {test.entry.subject}")

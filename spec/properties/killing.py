@@ -25,7 +25,7 @@ def properties_by_clause() -> dict[str, list[Property]]:
     return {name: [entry for entry in ordered if name in entry.clauses] for name in every_clause()}
 
 
-def _conformance(module: str) -> Any:
+def conformance(module: str) -> Any:
     """Import a module of conformance, which is found by path."""
     folder = str(data_root() / "conformance")
     if folder not in sys.path:
@@ -36,13 +36,13 @@ def _conformance(module: str) -> Any:
 @cache
 def mutants() -> list[Any]:
     """Return the mutants."""
-    return list(_conformance("mutants.catalogue").MUTANTS)
+    return list(conformance("mutants.catalogue").MUTANTS)
 
 
 @cache
 def variants() -> list[Any]:
     """Return the correct variants."""
-    return list(_conformance("mutants.variants").VARIANTS)
+    return list(conformance("mutants.variants").VARIANTS)
 
 
 def operation_kills(mutant: OperationMutant, everyone: bool = False) -> list[str]:
@@ -60,7 +60,7 @@ def operation_kills(mutant: OperationMutant, everyone: bool = False) -> list[str
 def named_by(name: str) -> tuple[str, ...]:
     """Return the clauses that a mutant is about: the one it is filed under, and one of the same stage whose feature it alone declares."""
     mutant = next(mutant for mutant in mutants() if mutant.name == name)
-    extra = set(mutant.make().features) - set(_conformance("mutants.subject").FEATURES)
+    extra = set(mutant.make().features) - set(conformance("mutants.subject").FEATURES)
     declared = [clause for clause, entry in load_clauses().items() if entry["stage"] == mutant.stage and entry.get("feature") in extra]
     return (mutant.clause, *declared)
 
