@@ -1,11 +1,11 @@
 # ruff: noqa: ARG001  (an overload has the parameters of what it overloads)
 # May import: standard library, numpy, numba, refswitch.kernels.cpu (jit, shared, tile).
-"""Matrix product of float32 matrices inside kernels: an operand may be a slice of rows or columns, or a transposed view of one, and is not copied whole.
+"""Matrix product of float32 matrices inside kernels; an operand may be a slice of rows or columns, or a transposed view of one.
 
 The reference's `@`; the answer goes where the caller wants it: `matmul(dw_DF, x_ND.T, dz_NF, False)`. The calling thread does all of it.
-The right operand is cut into blocks of DEPTH x WIDTH that stay in the second-level cache, and a block into panels of TILE_COLUMNS columns, which register
-tiles walk (`tile`). No BLAS, for two reasons: an expert may have a handful of rows, where the libraries lose half of their speed; and here a value's
-bits depend on its row of a and its column of b alone, on no other row, no number of rows, no thread.
+The right operand is cut into blocks of DEPTH x WIDTH that stay in the second-level cache, and a block into panels of TILE_COLUMNS columns, which
+register tiles walk (`tile`). No BLAS, for two reasons: an expert may have a handful of rows, where the libraries lose half of their speed; and here
+a value's bits depend on its row of a and its column of b alone, on no other row, no number of rows, no thread.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ does not know how many rows its tile has: a value's bits depend on its row of a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import llvmlite.binding
@@ -34,6 +35,11 @@ FLOAT_BYTES = 4
 
 FLOAT, INDEX, INT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 VECTOR = ir.VectorType(FLOAT, LANES)
+
+
+def primitive(generator: Callable[..., Any]) -> Any:
+    """Make an intrinsic: a function of kernels whose LLVM code `generator` writes."""
+    return intrinsic(generator)
 
 
 class _Memory:
@@ -116,7 +122,7 @@ def _pointers(builder: Any, *addresses: Any) -> list[Any]:
     return [builder.inttoptr(address, FLOAT.as_pointer()) for address in addresses]
 
 
-@intrinsic
+@primitive
 def tile(typing: Any, c: Any, c_row: Any, a: Any, a_row: Any, a_step: Any, b: Any, rows: Any, steps: Any, add: Any) -> Any:
     """Write or add a[rows, steps] @ b[steps, TILE_COLUMNS] to c at their addresses; strides in floats, from 1 to TILE_ROWS rows, b without gaps."""
     signature = types.void(*[types.intp] * 8, types.boolean)
@@ -139,7 +145,7 @@ def tile(typing: Any, c: Any, c_row: Any, a: Any, a_row: Any, a_step: Any, b: An
     return signature, generate
 
 
-@intrinsic
+@primitive
 def turn(typing: Any, out: Any, out_row: Any, x: Any, x_row: Any) -> Any:
     """Write a square of LANES x LANES of x, transposed, to out, at their addresses; strides in floats."""
 
@@ -168,7 +174,7 @@ def _emit_move(builder: Any, width: int, out: Any, x: Any) -> None:
     builder.store(loaded, target).align = FLOAT_BYTES
 
 
-@intrinsic
+@primitive
 def move_columns(typing: Any, out: Any, x: Any) -> Any:
     """Copy TILE_COLUMNS floats from one address to another."""
 
@@ -179,7 +185,7 @@ def move_columns(typing: Any, out: Any, x: Any) -> Any:
     return types.void(types.intp, types.intp), generate
 
 
-@intrinsic
+@primitive
 def move_rows(typing: Any, out: Any, x: Any) -> Any:
     """Copy TILE_ROWS floats from one address to another."""
 
@@ -190,7 +196,7 @@ def move_rows(typing: Any, out: Any, x: Any) -> Any:
     return types.void(types.intp, types.intp), generate
 
 
-@intrinsic
+@primitive
 def load(typing: Any, address: Any) -> Any:
     """Return the float at an address."""
 
@@ -200,7 +206,7 @@ def load(typing: Any, address: Any) -> Any:
     return types.float32(types.intp), generate
 
 
-@intrinsic
+@primitive
 def store(typing: Any, address: Any, value: Any) -> Any:
     """Write a float to an address."""
 
