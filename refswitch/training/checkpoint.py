@@ -48,7 +48,7 @@ def save_checkpoint(folder: RunFolder, state: TrainState, setup: Setup, config_h
         Where it cannot be written or holds a value that is not finite; the checkpoints before it stand.
     """
     place = folder.checkpoint(state.step)
-    optimizer = {name: np.ascontiguousarray(array) for name, array in state_arrays(state).items() if name.startswith("optimizer.")}
+    optimizer = {name: np.asarray(array, order="C") for name, array in state_arrays(state).items() if name.startswith("optimizer.")}
     storage = "float64" if state.params.embedding_VD.dtype == np.float64 else "float32"
     try:
         with new_folder(place) as beside:

@@ -96,14 +96,12 @@ def learning_rate(step: int, optimizer: OptimizerConfig, steps: int) -> float:
 
 
 def check_model(config: TrainConfig, corpus: Corpus) -> None:
-    """Refuse a model that cannot hold the text's tokens, and a layout that needs ranks which are not here."""
+    """Refuse a model that cannot hold the text's tokens."""
     if config.model.vocabulary < corpus.vocabulary.size:
         raise InputError(
             f"model.vocabulary={config.model.vocabulary}: data.vocabulary={config.data.vocabulary} has {corpus.vocabulary.size} ids; "
             f"say model.vocabulary={-(-corpus.vocabulary.size // 128) * 128}"
         )
-    if config.layout != LAYOUT:
-        raise InputError(f"layout={config.layout}: one process trains as {LAYOUT}")
 
 
 def layer_names(config: ModelConfig) -> list[str]:
@@ -159,8 +157,8 @@ def held_out(params: ModelParams, batches: list[Batch], setup: Setup, step: int,
     }
 
 
-def stored_config(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
-    """Refuse to begin where a run stands, or to go on under another configuration; else write the configuration down."""
+def check_folder(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
+    """Refuse to begin where a run stands, or to go on under another configuration."""
     if folder.config.is_file():
         before = load_config(str(folder.config))
         difference = first_difference(before, config)
@@ -173,7 +171,6 @@ def stored_config(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
             raise InputError(f"run_dir {folder.root}: holds a run of another configuration: {difference}")
     elif resume:
         raise InputError(f"run_dir {folder.root}: holds no run to resume")
-    write_whole(folder.config, to_yaml(config))
 
 
 class Run(NamedTuple):
@@ -253,10 +250,12 @@ def train(config: TrainConfig, reporter: Reporter, resume: bool = False) -> Outc
     InputError
         In one line, whatever is wrong with configuration, corpus, folder or checkpoint; also where the loss is no number. Nothing is lost.
     """
+    if config.layout != LAYOUT:
+        raise InputError(f"layout={config.layout}: one process trains as {LAYOUT}")
     setup, backend = setup_of(config), backend_of(config.backend)
     check(setup, backend)
     with opened(Path(config.run_dir)) as folder:
-        stored_config(folder, config, resume)
+        check_folder(folder, config, resume)
         corpus = open_corpus(config.data, folder.root / "tokens", reporter.reading)
         check_model(config, corpus)
         stream, evaluating = (open_stream(corpus, part, config.data, config.seed) for part in (corpus.train, corpus.held_out))
@@ -264,6 +263,7 @@ def train(config: TrainConfig, reporter: Reporter, resume: bool = False) -> Outc
         entropy = unigram_entropy(eval_batches)
         run = Run(config, setup, folder, corpus, stream, eval_batches, backend, layer_names(config.model))
         state = first_state(run, resume)
+        write_whole(folder.config, to_yaml(config))  # nothing was wrong: only now does the folder hold a run
         entries = rewind_metrics(folder.metrics, state.step)
         facts = Facts(config, hash_of(config), parameters_of(state.params), corpus.digest, entropy, state.step, folder.root)
         reporter.started(facts)
