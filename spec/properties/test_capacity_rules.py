@@ -133,7 +133,7 @@ def cuts(tokens: int, multiple_of: int) -> list[int]:
 @clause("S-CAP-3")
 @draws()
 def test_groups_of__cuts_evenly(operations: Operations) -> None:
-    """Groups are equal: one for each sequence, one, so many, or of such a size; where it is searched for, the first even cut from tokens // size on."""
+    """Groups are equal: one for each sequence, one, so many, or of such a size; where searched for, the first even cut from tokens // size on."""
     for sequences, length in ((3, 8), (5, 7), (2, 12), (1, 16), (3, 1), (4, 9)):
         tokens = sequences * length
         assert operations.groups_of(sequences, length, 2, Group("sequence", 4, 1)) == sequences
