@@ -24,7 +24,8 @@ from refswitch.errors import InputError
 
 BLOCK = 1 << 20  # bytes read at a time
 ZSTD_BLOCK = 1 << 12  # a byte of zstd may stand for 32 KiB of text: few at a time keep a hostile file from filling the memory
-LONGEST = 1 << 24  # characters of one document, and of a JSON line
+LONGEST = 1 << 22  # characters of one document; a longer one is cut
+LONGEST_LINE = 1 << 26  # characters of a line that is a document, which is not
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 # What not every installation carries (tests are a package of their own on many systems), or is no text to learn from (tables of character codes).
 NOT_PYTHON_TEXT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "lib-dynload"}
@@ -202,17 +203,23 @@ def lines(path: Path) -> Iterator[str]:
     Raises
     ------
     InputError
-        Where a line is longer than `LONGEST`: no line of text is, and it would have to be held.
+        Where a line is longer than `LONGEST_LINE`: no line of text is, and it would have to be held.
     """
-    held, number = "", 0
+    held: list[str] = []  # of the line that is not at its end
+    size = number = 0
     for block in text_blocks(path):
-        *whole, held = (held + block).split("\n")
-        number += len(whole)
-        if len(held) > LONGEST:
-            raise InputError(f"{path}, line {number + 1}: is longer than {LONGEST} characters")
-        yield from (line.removesuffix("\r") for line in whole)
-    if held:
-        yield held
+        first, *whole = block.split("\n")
+        held.append(first)
+        size += len(first)
+        if size > LONGEST_LINE:
+            raise InputError(f"{path}, line {number + 1}: is longer than {LONGEST_LINE} characters")
+        if whole:
+            number += len(whole)
+            yield "".join(held).removesuffix("\r")
+            yield from (line.removesuffix("\r") for line in whole[:-1])
+            held, size = [whole[-1]], len(whole[-1])
+    if size:
+        yield "".join(held)
 
 
 def json_records(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

@@ -72,7 +72,9 @@ def byte_vocabulary(sentinels: int = 0) -> Vocabulary:
     special = spellings(ids, PAD, EOS) | {UNK: "\ufffd"}
 
     def encode(text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + FIRST_BYTE
+        ids = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+        ids += FIRST_BYTE
+        return ids
 
     def decode(numbers: Any) -> str:
         return runs(numbers, special, lambda held: bytes(number - FIRST_BYTE for number in held if number < size).decode("utf-8", "replace"))
