@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from refswitch.config import Dialect, Profile, rounding_points
+from refswitch.dims import LETTERS
 from refswitch.numbers.precision import FORMATS
 from refswitch.records import choices_of
 from refswitch.spec_data import data_root, every_clause, knobs_of, load_dialect, load_knobs, load_profile, names_of
@@ -176,6 +177,14 @@ def _wrong_formats(table: Table) -> list[str]:
     return wrong
 
 
+def _wrong_letters(table: Table) -> list[str]:
+    """The legend of the axes is that of refswitch.dims, in its order."""
+    stated = {_bare(letter): says for letter, says in table.rows[1:]}
+    if list(stated) != list(LETTERS):
+        return [f"letters are {''.join(stated)}, should be {''.join(LETTERS)}"]
+    return [letter for letter, says in stated.items() if says != LETTERS[letter]]
+
+
 def _wrong_ours(table: Table) -> list[str]:
     """Our readings are the base's values."""
     spans = [span for row in table.rows[1:] for span in re.findall(r"`([^`]+)`", row[2])]
@@ -200,7 +209,8 @@ def disagreements(table: Table) -> list[str]:
     kind, _, argument = table.kind.partition(" ")
     if kind == "records":
         return _wrong_records(table, argument)
-    return {"profiles": _wrong_profiles, "points": _wrong_points, "formats": _wrong_formats, "ours": _wrong_ours}[kind](table)
+    checks = {"profiles": _wrong_profiles, "points": _wrong_points, "formats": _wrong_formats, "ours": _wrong_ours, "letters": _wrong_letters}
+    return checks[kind](table)
 
 
 RUN = [block for block in every_block() if block.info == "python"]
@@ -332,6 +342,12 @@ def test_wrongly_stated__sees_another_text_or_class() -> None:
         ("<!-- checked: profiles -->\n| key | `bfloat16` |\n|---|---|\n| `storage.z` | bfloat16 |\n", ["`storage.z` `bfloat16`"]),
         ("<!-- checked: points -->\n| point | field | `bfloat16` |\n|---|---|---|\n| R7 | `hidden` | float32 |\n", ["`hidden` `bfloat16`"]),
         ("<!-- checked: formats -->\n| a | b | c | d | e |\n|---|---|---|---|---|\n| `tf32` | 10 | -126 | 127 | 2^-10 |\n", ["`tf32`"]),
+        ("<!-- checked: letters -->\n| letter | axis |\n|---|---|\n| `B` | batches |\n", [f"letters are B, should be {''.join(LETTERS)}"]),
+        (
+            "<!-- checked: letters -->\n| letter | axis |\n|---|---|\n"
+            + "".join(f"| `{letter}` | {says.replace('ranks', 'rows')} |\n" for letter, says in LETTERS.items()),
+            ["R"],
+        ),
         ("<!-- checked: ours -->\n| a | b | ours | c |\n|---|---|---|---|\n| x | y | `capacity.min=5` | z |\n", ["capacity.min=5"]),
         (
             "<!-- checked: records slot_order -->\n| a | b | c |\n|---|---|---|\n| `positional` | x | all others |\n| `prior` | y | `nobody` |\n",
