@@ -1,0 +1,116 @@
+# May import: standard library, hypothesis, refswitch, spec/properties, mutate.
+"""Which properties a function must fall to: from its clauses in spec/clauses.yaml to the tests of those clauses in spec/properties.
+
+A helper that no clause names stands under the clauses of the functions of its file that call it, and so does a constant.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from refswitch.spec_data import data_root, every_clause
+
+from .mutate import MODULE, parts_of
+
+REFERENCE = data_root() / "refswitch" / "reference"
+
+
+@cache
+def few_examples() -> Any:
+    """Return how many examples are drawn after those that a property always tries: few, and the same in every run."""
+    from hypothesis import HealthCheck, Phase, Verbosity, settings
+
+    return settings(
+        max_examples=4, stateful_step_count=6, derandomize=True, deadline=None, database=None, print_blob=False, report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate), verbosity=Verbosity.quiet,
+    )  # fmt: skip
+
+
+class Property(NamedTuple):
+    """One property of spec/properties on one thing that it is tested on."""
+
+    name: str
+    clauses: frozenset[str]
+    digest: str  # of its source
+    entry: Any
+    subject: Any
+
+    def run(self) -> None:
+        """Run it on few examples; it raises where it does not hold."""
+        self.entry.run(self.subject.fresh(), few_examples())
+
+
+def files() -> list[Path]:
+    """Return the files of the reference."""
+    return sorted(path for path in REFERENCE.glob("*.py") if path.stem != "__init__")
+
+
+def sources_of(file: str) -> dict[str, str]:
+    """Return the source of each function of a file, and of its constants, without comments."""
+    return {name: ast.unparse(tree) for name, tree in parts_of((REFERENCE / f"{file}.py").read_text(encoding="utf-8")).items()}
+
+
+@cache
+def clauses_of(file: str) -> dict[str, frozenset[str]]:
+    """Return the clauses of each function of a file."""
+    parts = parts_of((REFERENCE / f"{file}.py").read_text(encoding="utf-8"))
+    own: dict[str, set[str]] = {name: set() for name in parts}
+    for clause, entry in every_clause().items():
+        for place in entry["functions"]:
+            module, _, function = place.partition(".")
+            if module == file:
+                own[function].add(clause)
+    mentions = {name: {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} for name, tree in parts.items() if name != MODULE}
+    constants = {node.id for node in ast.walk(parts[MODULE]) if isinstance(node, ast.Name)} if MODULE in parts else set()
+
+    def inherited(name: str, seen: frozenset[str]) -> set[str]:
+        if own[name]:
+            return own[name]
+        called = constants if name == MODULE else {name}
+        callers = [caller for caller, names in mentions.items() if names & called and caller not in seen]
+        return set().union(*(inherited(caller, seen | {name}) for caller in callers))
+
+    return {name: frozenset(inherited(name, frozenset())) for name in parts}
+
+
+def digest_of(text: str) -> str:
+    """Return a short name of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def collect() -> list[Property]:
+    """Return the properties on everything that `pytest spec` tries them on, those that do not speak of it left out."""
+    folder = str(data_root() / "spec")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    from properties.harness import PROPERTIES
+    from properties.implementation import implementations
+    from properties.killing import properties_by_clause
+    from properties.operations import reference_operations
+
+    properties_by_clause()  # imports the files of tests
+    subjects = {"implementation": implementations("reference"), "operations": [reference_operations()]}
+    found = []
+    for entry in PROPERTIES.values():
+        digest = digest_of(inspect.getsource(entry.body))
+        for subject in subjects[entry.subject]:
+            if not entry.unsupported(subject):
+                found.append(Property(f"{entry.name}[{subject.label}]", frozenset(entry.clauses), digest, entry, subject))
+    return found
+
+
+def by_clause(properties: Iterable[Property]) -> dict[str, list[Property]]:
+    """Return the properties of each clause."""
+    found = defaultdict(list)
+    for held in properties:
+        for clause in held.clauses:
+            found[clause].append(held)
+    return found
