@@ -87,12 +87,11 @@ def groups_of(sequences: int, length: int, E: int, rule: Group) -> int:
     if tokens % multiple_of:
         raise ValueError(f"{tokens} tokens cannot be cut into a multiple of {multiple_of} groups: pad the batch")
     if rule.rule in ("mesh", "flax"):
-        least = max(tokens // rule.size, multiple_of if rule.rule == "flax" else 1)
+        least = max(tokens // rule.size, 1)
         return next(groups for groups in range(least, tokens + 1) if groups % multiple_of == 0 and tokens % groups == 0)
-    groups = rule.size if rule.rule == "n_groups" else max(tokens // rule.size, 1)
-    if tokens % groups or (rule.rule == "fixed" and tokens % rule.size):
+    if tokens % rule.size:
         raise ValueError(f"{tokens} tokens cannot be cut evenly by group.rule {rule.rule} with group.size {rule.size}")
-    return groups
+    return rule.size if rule.rule == "n_groups" else tokens // rule.size
 
 
 def arrival_order(S: int, G: int) -> np.ndarray:
@@ -103,7 +102,7 @@ def arrival_order(S: int, G: int) -> np.ndarray:
 def order_by_gate(gate_GS: np.ndarray) -> np.ndarray:
     """Return priority_GS for the highest gate first, equal gates in order of arrival (batch-prioritised routing)."""
     order_GS = np.argsort(-gate_GS, axis=-1, kind="stable")
-    return np.argsort(order_GS, axis=-1, kind="stable")
+    return np.argsort(order_GS, axis=-1)
 
 
 def slots_forward(

@@ -120,7 +120,7 @@ def test_capacity_in_eval__reads_the_evaluation_s_knobs(operations: Operations) 
     """In evaluation the factor is the evaluation's; or a fraction of the group's tokens, an exact decimal, rounded up, and no less than the least."""
     rule = dataclasses.replace(MESH.capacity, cf_train="1.0", cf_eval="2.0", min=2)
     fraction = dataclasses.replace(rule, eval_rule="token_fraction", eval_fraction="0.1")
-    for S in (0, 1, 10, 11, 20, 30, 70):
+    for S in (0, 1, 10, 11, 20, 21, 70):
         assert operations.capacity_in_eval(S, 4, rule) == operations.capacity_of(S, 4, "2.0", rule)
         assert operations.capacity_in_eval(S, 4, fraction) == max(-(-S // 10), 2)
 
@@ -139,7 +139,7 @@ def test_groups_of__cuts_evenly(operations: Operations) -> None:
         assert operations.groups_of(sequences, length, 2, Group("sequence", 4, 1)) == sequences
         assert operations.groups_of(sequences, length, 2, Group("batch", 4, 1)) == 1
         assert operations.groups_of(sequences, length, 2, Group("ep_world", 4, 1)) == 1
-        for size in (1, 2, 5, 7, 12, 60):
+        for size in (1, 2, 5, 7, 12, 60, tokens):
             for multiple_of in (1, 2, "external"):
                 replicas = 1 if multiple_of == "external" else multiple_of
                 for rule, multiple in (("mesh", replicas), ("flax", 2 * replicas)):
