@@ -116,6 +116,7 @@ def hugging_face_vocabulary(path: Path, content: bytes, sentinels: int) -> Vocab
     tokenizer = guarded(str(path), tokenizers.Tokenizer.from_str, content.decode("utf-8", "replace"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # a text that says </s> does not end there
     known: dict[str, int] = guarded(str(path), lambda: tokenizer.get_vocab(with_added_tokens=True))
     if not known:
         raise InputError(f"{path}: has no tokens")
@@ -134,10 +135,12 @@ def hugging_face_vocabulary(path: Path, content: bytes, sentinels: int) -> Vocab
         size += sentinels or SENTINELS
         ids = np.arange(size - 1, size - 1 - (sentinels or SENTINELS), -1)
     spelled = spellings(ids, special["pad"], special["eos"])
+    reserved = np.array([special["pad"], special["eos"], *ids])
 
     def encode(text: str) -> np.ndarray:
         encoded = guarded(str(path), lambda: tokenizer.encode(text, add_special_tokens=False))
-        return checked_ids(encoded.ids, own_size, str(path))
+        found = checked_ids(encoded.ids, own_size, str(path))
+        return found[~np.isin(found, reserved)]  # tokens that a file adds without calling them special are found in texts
 
     def decode(numbers: Any) -> str:
         return runs(numbers, spelled, lambda held: guarded(str(path), tokenizer.decode, [number for number in held if number < own_size]))
