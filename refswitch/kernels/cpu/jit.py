@@ -1,10 +1,10 @@
 # May import: standard library, numba, threadpoolctl, scipy, refswitch.errors.
 """How a kernel is compiled, where the machine code is kept, and on how many threads it runs.
 
-`kernel` and `parallel_kernel` are the only decorators of this package. Nothing is compiled at import: the first call does it, and the disk
-keeps it. Numba's own cache looks at the file of a function alone and would serve stale code after a change in a function that it calls from
-another file, so the folder's name is a hash of every source that the file imports from here, of Numba's version and of the settings that change
-the code. No setting of Numba is touched: a program that uses it too keeps its own cache, thread count and threading layer.
+`kernel`, `scalar_kernel` and `parallel_kernel` are the only decorators of this package. Nothing is compiled at import: the first call does it, and
+the disk keeps it. Numba's own cache looks at the file of a function alone and would serve stale code after a change in a function that it calls
+from another file, so the folder's name is a hash of every source that the file imports from here, of Numba's version and of the settings that
+change the code. No setting of Numba is touched: a program that uses it too keeps its own cache, thread count and threading layer.
 
 Kernels run inside `on_threads`: inside a kernel each thread calls BLAS for itself, and BLAS on threads of its own would be slower and change bits.
 """
@@ -42,6 +42,11 @@ PRANGE_ONLY: Any = {
 def kernel(function: Function) -> Function:
     """Compile a function at its first call, for one thread; `.py_func` is the function as written."""
     return _with_keyed_cache(numba.njit(**OPTIONS)(function))
+
+
+def scalar_kernel(function: Function) -> Function:
+    """Compile a function of scalars that becomes a part of the loop that calls it: a loop with a call in it is not vectorized."""
+    return _with_keyed_cache(numba.njit(forceinline=True, **OPTIONS)(function))
 
 
 def parallel_kernel(function: Function) -> Function:
