@@ -50,13 +50,16 @@ def rows_of_experts(row_T: np.ndarray, token_T: np.ndarray, start_E: np.ndarray,
     `start_E` has E + 1 elements, the last the number of rows. One thread: a counting sort, three integers per token.
     """
     E = start_E.size - 1
-    start_E[:] = 0
+    for e in range(E + 1):
+        start_E[e] = 0
     for t in range(expert_T.size):
         if kept_T[t]:
             start_E[expert_T[t] + 1] += 1
     for e in range(E):
         start_E[e + 1] += start_E[e]
-    next_E = start_E[:E].copy()
+    next_E = np.empty(E, np.int64)
+    for e in range(E):
+        next_E[e] = start_E[e]
     for t in range(expert_T.size):
         row_T[t] = -1
         if kept_T[t]:

@@ -211,7 +211,8 @@ def experts_weights_part(
 @kernel
 def bias_row(db_N: np.ndarray, rows_MN: np.ndarray, is_rounded: bool) -> None:
     """Write the sum of rows, in order."""
-    db_N[:] = ZERO
+    for n in range(db_N.size):
+        db_N[n] = ZERO
     for m in range(rows_MN.shape[0]):
         row_N = rows_MN[m]
         for n in range(db_N.size):

@@ -20,7 +20,8 @@ def sum_of_probs(sum_GE: np.ndarray, probs_GSE: np.ndarray, counts_GS: np.ndarra
     """Sum the probabilities of the tokens that count. One thread: reads the probabilities once, from the cache while they are few."""
     G, S, E = probs_GSE.shape
     for g in range(G):
-        sum_GE[g] = 0.0
+        for e in range(E):
+            sum_GE[g, e] = 0.0
         for s in range(S):
             if counts_GS[g, s]:
                 for e in range(E):

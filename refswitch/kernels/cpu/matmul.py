@@ -67,7 +67,9 @@ def _matmul_in_in_kernels(panels: Any, out_MN: Any, a_MK: Any, b_KN: Any, accumu
         a, a_row, a_step = a_MK.ctypes.data, a_MK.strides[0] // FLOAT_BYTES, a_MK.strides[1] // FLOAT_BYTES
         b, b_step, b_across = b_KN.ctypes.data, b_KN.strides[0] // FLOAT_BYTES, b_KN.strides[1] // FLOAT_BYTES
         if K == 0 and not accumulate:
-            out_MN[:] = 0.0
+            for m in range(M):
+                for n in range(N):
+                    out_MN[m, n] = 0.0
         edge = panels.ctypes.data + (panels.size - ASIDE) * FLOAT_BYTES
         call_blocked_product((panels.ctypes.data, edge, out, out_row, a, a_row, a_step, b, b_step, b_across, M, N, K, int(accumulate)))
 

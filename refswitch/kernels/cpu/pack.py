@@ -14,13 +14,27 @@ from refswitch.kernels.cpu.jit import kernel
 
 
 @kernel
+def copy_row(out_D: np.ndarray, x_D: np.ndarray) -> None:
+    """Write a row as it is. (An assignment of slices would compile the formatting of its error message, for seconds.)"""
+    for d in range(out_D.size):
+        out_D[d] = x_D[d]
+
+
+@kernel
+def zero_row(out_D: np.ndarray) -> None:
+    """Write zeros."""
+    for d in range(out_D.size):
+        out_D[d] = ZERO
+
+
+@kernel
 def pack(packed_ND: np.ndarray, x_TD: np.ndarray, token_N: np.ndarray, zeroed_T: np.ndarray) -> None:
     """Write the rows of kept tokens; a zeroed token's is 0, whatever stands in x."""
     for n in range(token_N.size):
         if zeroed_T[token_N[n]]:
-            packed_ND[n] = ZERO
+            zero_row(packed_ND[n])
         else:
-            packed_ND[n] = x_TD[token_N[n]]
+            copy_row(packed_ND[n], x_TD[token_N[n]])
 
 
 @kernel
@@ -43,9 +57,9 @@ def fill_dropped(out_TD: np.ndarray, row_T: np.ndarray, sits_out_T: np.ndarray, 
     """Write the output of tokens without a row: 0, or the shared bias where the token is no padding."""
     for t in range(first, last):
         if row_T[t] < 0:
-            out_TD[t] = ZERO
+            zero_row(out_TD[t])
             if b_shared_D.size and not sits_out_T[t]:
-                out_TD[t] = b_shared_D
+                copy_row(out_TD[t], b_shared_D)
                 if rounds:
                     round_row(out_TD[t], out_TD[t])
 
@@ -67,4 +81,4 @@ def pack_weighed(
 def unpack(x_TD: np.ndarray, packed_ND: np.ndarray, token_N: np.ndarray) -> None:
     """Write each row to its token."""
     for n in range(token_N.size):
-        x_TD[token_N[n]] = packed_ND[n]
+        copy_row(x_TD[token_N[n]], packed_ND[n])

@@ -16,6 +16,7 @@ from refswitch.kernels.cpu.bfloat16 import round_row, round_rows, round_value
 from refswitch.kernels.cpu.functions import ZERO, exp, maximum, total
 from refswitch.kernels.cpu.jit import kernel, parallel_kernel
 from refswitch.kernels.cpu.matmul import matmul
+from refswitch.kernels.cpu.pack import copy_row, zero_row
 
 TWO = np.float32(2.0)
 
@@ -55,7 +56,8 @@ def decide_row(
     lse = softmax_row(probs_E, logits_E)
     if rounds[2]:
         round_row(probs_E, probs_E)
-    read_E[:] = probs_E
+    for e in range(probs_E.size):
+        read_E[e] = probs_E[e]
     if rounds[3]:
         round_row(read_E, read_E)
     expert = highest(logits_E) if on_logits else highest(read_E)
@@ -68,9 +70,9 @@ def noised_rows(out_TD: np.ndarray, x_TD: np.ndarray, factor_TD: np.ndarray, zer
     for t in range(first, last):
         out_D, x_D = out_TD[t], x_TD[t]
         if zeroed_T[t]:
-            out_D[:] = ZERO
+            zero_row(out_D)
         elif factor_TD.size == 0:
-            out_D[:] = x_D
+            copy_row(out_D, x_D)
         else:
             factor_D = factor_TD[t]
             for d in range(x_D.size):
@@ -134,7 +136,7 @@ def router_backward_kernel(
                     dx_TD[t, d] += dx_router_ND[t - first, d] * factor_TD[t, d]
         for t in range(first, last):
             if zeroed_T[t]:
-                dx_TD[t] = ZERO
+                zero_row(dx_TD[t])
             if is_rounded:
                 round_row(dx_TD[t], dx_TD[t])
 

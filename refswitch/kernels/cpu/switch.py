@@ -37,7 +37,7 @@ from refswitch.kernels.cpu.functions import ACTIVATIONS, RELU, ZERO
 from refswitch.kernels.cpu.jit import parallel_kernel
 from refswitch.kernels.cpu.losses import BalanceSaved, balance_forward, counted_fraction, rows_of_mean, sum_of_probs, z_loss_forward
 from refswitch.kernels.cpu.matmul import PANELS
-from refswitch.kernels.cpu.pack import fill_dropped, pack, pack_weighed, unpack, unpack_weighed
+from refswitch.kernels.cpu.pack import fill_dropped, pack, pack_weighed, unpack, unpack_weighed, zero_row
 from refswitch.kernels.cpu.router import router_backward_kernel, router_forward_kernel, router_weights_part
 from refswitch.kernels.cpu.workspace import Workspace
 
@@ -126,7 +126,7 @@ def rows_backward_kernel(
         for t in range(T * p // parts, T * (p + 1) // parts):
             if rows.row_T[t] < 0:
                 dgate_T[t] = ZERO
-                dx_TD[t] = ZERO
+                zero_row(dx_TD[t])
 
 
 @parallel_kernel
