@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import UnionType
@@ -48,6 +47,12 @@ def fields_of(record: type) -> dict[str, Any]:
     return get_type_hints(record)
 
 
+def record_in(hint: Any) -> Any:
+    """Return the record that a field holds, alone or as an alternative to None; None where it holds a value."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return next((part for part in parts if dataclasses.is_dataclass(part)), None)
+
+
 def merge(tree: Tree, override: Mapping[str, Any], record: type, path: str, where: str, word: str = "knob") -> Tree:
     """Return `tree` with `override` laid over it.
 
@@ -58,14 +63,15 @@ def merge(tree: Tree, override: Mapping[str, Any], record: type, path: str, wher
     """
     fields, merged = fields_of(record), dict(tree)
     for key, value in override.items():
+        inner = record_in(fields.get(key))
         if key not in fields:
             raise InputError(f"{where}: unknown {word} {path}{key}{nearest(path + str(key), [path + field for field in fields])}")
         if isinstance(value, Mapping):
-            if not dataclasses.is_dataclass(fields[key]):
+            if inner is None:
                 raise InputError(f"{where}: {path}{key} takes one value, not a mapping")
-            value = merge(tree.get(key, {}), value, typing.cast(type, fields[key]), f"{path}{key}.", where, word)
-        elif dataclasses.is_dataclass(fields[key]):
-            raise InputError(f"{where}: {path}{key} is a group of {word}s; set one of {', '.join(fields_of(typing.cast(type, fields[key])))}")
+            value = merge(tree.get(key) or {}, value, inner, f"{path}{key}.", where, word)
+        elif inner is not None and not (value is None and inner is not fields[key]):
+            raise InputError(f"{where}: {path}{key} is a group of {word}s; set one of {', '.join(fields_of(inner))}")
         merged[key] = value
     return merged
 
@@ -91,7 +97,7 @@ def choices_of(record: type, dotted: str) -> tuple[Any, ...]:
     head, _, rest = dotted.partition(".")
     hint = fields_of(record)[head]
     if rest:
-        return choices_of(hint, rest)
+        return choices_of(record_in(hint), rest)
     if get_origin(hint) is Literal:
         return get_args(hint)
     if hint is bool:
@@ -129,6 +135,7 @@ def _knob_words(record: type) -> frozenset[str]:
     words = set()
     for name, hint in fields_of(record).items():
         words.add(name)
-        if dataclasses.is_dataclass(hint):
-            words |= _knob_words(typing.cast(type, hint))
+        inner = record_in(hint)
+        if inner is not None:
+            words |= _knob_words(inner)
     return frozenset(words)

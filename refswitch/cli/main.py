@@ -154,6 +154,42 @@ def train(
     raise typer.Exit(_status_of(lambda: run_train(Door(config, assignments or [], resume, quiet, verbose))))
 
 
+@app.command(
+    name="eval", epilog="Example: `refswitch eval runs/tiny` or `refswitch eval runs/tiny/checkpoints/step-200 --batches 32 --json told.json`"
+)
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.", show_default=False)],
+    step: Annotated[Optional[int], typer.Option(min=0, help="Which checkpoint; the last without it.")] = None,
+    batches: Annotated[Optional[int], typer.Option(min=1, help="Held-out batches; without it, as many as the run evaluated.")] = None,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the result to this file as JSON.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Evaluate a trained run on its held-out text: loss, accuracy, and what each sparse layer does."""
+    from refswitch.cli.use_run import EvalDoor, run_eval
+
+    raise typer.Exit(_status_of(lambda: run_eval(EvalDoor(run, step, batches, json_file, quiet))))
+
+
+@app.command(epilog="Example: `refswitch generate runs/tiny` or `refswitch generate runs/tiny 'def main(<extra_id_0>):' --temperature 0.7`")
+def generate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.", show_default=False)],
+    prompt: Annotated[
+        Optional[str],
+        typer.Argument(help="A text; <extra_id_0>, <extra_id_1>, ... are the places to fill. Without it, held-out text.", show_default=False),
+    ] = None,
+    step: Annotated[Optional[int], typer.Option(min=0, help="Which checkpoint; the last without it.")] = None,
+    length: Annotated[int, typer.Option(min=1, max=4096, help="At most so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Draw from the fewest tokens that have so much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer alone.")] = False,
+) -> None:
+    """Let a trained run answer a prompt."""
+    from refswitch.cli.use_run import GenerateDoor, run_generate
+
+    raise typer.Exit(_status_of(lambda: run_generate(GenerateDoor(run, prompt, step, length, temperature, top_p, seed, quiet))))
+
+
 def _status_of(command: Callable[[], int]) -> int:
     """Run a command; turn a caller's mistake into one line and status 2, an interruption into status 130."""
     try:
