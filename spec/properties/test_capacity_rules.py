@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from properties.harness import clause, draws
 from properties.operations import Operations
 from refswitch.config import Capacity, Group
+from refswitch.numbers.precision import FORMATS
 from refswitch.reference.capacity import Route
 from refswitch.spec_data import load_dialect
 
@@ -198,3 +199,17 @@ def test_slots_in_use__is_the_least_that_holds_them(operations: Operations, seed
     assert type(found) is int
     assert found == max((int(slot) + 1 for slot, kept in zip(slot_GS.flat, kept_GS.flat, strict=True) if kept), default=0)
     assert operations.slots_in_use(Route(slot_GS, slot_GS, np.zeros_like(kept_GS))) == 0
+
+
+@clause("S-CAP-1", "S-POS-1")
+@draws()
+def test_slots_forward__counts_in_the_declared_format(operations: Operations) -> None:
+    """Counts are stored in the format that is declared for them, then made exclusive: in bfloat16 the 257th claim has the slot of the 256th."""
+    expert_GS, everyone_GS, first_come_GS = np.zeros((1, 258), np.int64), np.ones((1, 258), bool), np.arange(258)[None]
+    exact = operations.slots_forward(expert_GS, everyone_GS, first_come_GS, 2, 257, FORMATS["float64"])
+    assert exact.slot_GS[0].tolist() == list(range(258))
+    assert exact.kept_GS[0].tolist() == [True] * 257 + [False]
+    narrow = operations.slots_forward(expert_GS, everyone_GS, first_come_GS, 2, 256, FORMATS["bfloat16"])
+    assert narrow.slot_GS[0].tolist() == [*range(256), 255, 257]
+    assert narrow.kept_GS[0].tolist() == [True] * 257 + [False]
+    assert (operations.slots_forward(expert_GS, everyone_GS, first_come_GS, 2, 257).slot_GS == exact.slot_GS).all()
