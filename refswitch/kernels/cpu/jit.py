@@ -3,8 +3,8 @@
 
 `kernel`, `scalar_kernel` and `parallel_kernel` are the only decorators of this package. Nothing is compiled at import: the first call does it, and
 the disk keeps it. Numba's own cache looks at the file of a function alone and would serve stale code after a change in a function that it calls
-from another file, so the folder's name is a hash of every source that the file imports from here, of Numba's version and of the settings that
-change the code. No setting of Numba is touched: a program that uses it too keeps its own cache, thread count and threading layer.
+from another file, so the folder's name is a hash of every source that the file imports from here, of Numba's version and of the options and settings
+that change the code. No setting of Numba is touched: a program that uses it too keeps its own cache, thread count and threading layer.
 
 Kernels run inside `on_threads`: inside a kernel each thread calls BLAS for itself, and BLAS on threads of its own would be slower and change bits.
 """
@@ -41,17 +41,17 @@ PRANGE_ONLY: Any = {
 
 def kernel(function: Function) -> Function:
     """Compile a function at its first call, for one thread; `.py_func` is the function as written."""
-    return _with_keyed_cache(numba.njit(**OPTIONS)(function))
+    return _compiled(function, **OPTIONS)
 
 
 def scalar_kernel(function: Function) -> Function:
     """Compile a function of scalars that becomes a part of the loop that calls it: a loop with a call in it is not vectorized."""
-    return _with_keyed_cache(numba.njit(forceinline=True, **OPTIONS)(function))
+    return _compiled(function, forceinline=True, **OPTIONS)
 
 
 def parallel_kernel(function: Function) -> Function:
     """Compile a function whose `prange` loops run on the threads of `on_threads`. It costs seconds: put the work into kernels that it calls."""
-    return _with_keyed_cache(numba.njit(parallel=PRANGE_ONLY, **OPTIONS)(function))
+    return _compiled(function, parallel=PRANGE_ONLY, **OPTIONS)
 
 
 def imported_sources(file: Path, package: Path = PACKAGE) -> set[Path]:
@@ -78,9 +78,9 @@ def _imports_of(file: Path, package: Path) -> tuple[Path, ...]:
     return tuple(path for path in paths if path.exists())
 
 
-def source_key(file: Path, package: Path = PACKAGE) -> str:
-    """Return what decides whether compiled code of a file is still that of its source."""
-    settings = [numba.__version__, *(str(getattr(config, name)) for name in ("BOUNDSCHECK", "OPT", "DEBUGINFO_DEFAULT"))]
+def source_key(file: Path, options: str, package: Path = PACKAGE) -> str:
+    """Return what decides whether compiled code of a file is still that of its source; `options` are the decorator's."""
+    settings = [numba.__version__, options, *(str(getattr(config, name)) for name in ("BOUNDSCHECK", "OPT", "DEBUGINFO_DEFAULT"))]
     digest = hashlib.sha256(" ".join(settings).encode())
     for path in sorted(imported_sources(file, package)):
         digest.update(os.path.relpath(path, package).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -88,15 +88,17 @@ def source_key(file: Path, package: Path = PACKAGE) -> str:
 
 
 @functools.cache
-def _key_of(file: str) -> str:
-    return source_key(Path(file).resolve())
+def _key_of(file: str, options: str) -> str:
+    return source_key(Path(file).resolve(), options)
 
 
 class _KeyedLocator(_CacheLocator):
     """A folder of the user's cache directory, or of NUMBA_CACHE_DIR, named by the key."""
 
+    options: str
+
     def __init__(self, py_func: Callable[..., Any], py_file: str):
-        self.key, self.line = _key_of(py_file), py_func.__code__.co_firstlineno
+        self.key, self.line = _key_of(py_file, self.options), py_func.__code__.co_firstlineno
         root = config.CACHE_DIR or AppDirs(appname="refswitch", appauthor=False).user_cache_dir
         self.folder = Path(root) / "kernels" / f"{Path(py_file).stem}-{self.key}"
 
@@ -114,13 +116,7 @@ class _KeyedLocator(_CacheLocator):
         return cls(py_func, py_file)
 
 
-class _KeyedImpl(CompileResultCacheImpl):
-    _locator_classes: Any = (_KeyedLocator,)
-
-
 class _KeyedCache(FunctionCache):
-    _impl_class = _KeyedImpl
-
     def save_overload(self, sig: Any, data: Any) -> None:
         """Save compiled code; where the folder cannot be written, the next process compiles again."""
         try:
@@ -129,9 +125,18 @@ class _KeyedCache(FunctionCache):
             self.disable()  # type: ignore[no-untyped-call]
 
 
-def _with_keyed_cache(dispatcher: Any) -> Any:
+@functools.cache
+def _cache_class(options: str) -> Callable[..., Any]:
+    """Return Numba's cache with our folder; it takes its parts as classes that know nothing but the function."""
+    locator = type("Locator", (_KeyedLocator,), {"options": options})
+    parts = type("Parts", (CompileResultCacheImpl,), {"_locator_classes": (locator,)})
+    return type("Cache", (_KeyedCache,), {"_impl_class": parts})
+
+
+def _compiled(function: Any, **options: Any) -> Any:
+    dispatcher: Any = numba.njit(**options)(function)
     if not config.DISABLE_JIT:  # then it is the function itself
-        dispatcher._cache = _KeyedCache(dispatcher.py_func)  # type: ignore[no-untyped-call]
+        dispatcher._cache = _cache_class(repr(sorted(options.items())))(dispatcher.py_func)
     return dispatcher
 
 

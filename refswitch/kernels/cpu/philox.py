@@ -26,6 +26,24 @@ philox_words: Any = scalar_kernel(philox.philox_words)
 
 
 @kernel
+def words_of_blocks(
+    out: np.ndarray, lanes: np.ndarray, start: np.uint64, step: np.uint64, site: np.uint64, key_0: np.uint64, key_1: np.uint64
+) -> None:
+    """Write the words of consecutive blocks, a row each. `lanes` holds each word's own array: four values side by side are not vectorized."""
+    blocks = out.shape[0]
+    for j in range(blocks):
+        block = start + np.uint64(j)
+        w0, w1, w2, w3 = philox_words(block & LOW, block >> HIGH, site, step, key_0, key_1)
+        lanes[0, j] = np.uint32(w0)
+        lanes[1, j] = np.uint32(w1)
+        lanes[2, j] = np.uint32(w2)
+        lanes[3, j] = np.uint32(w3)
+    for j in range(blocks):
+        for k in range(philox.LANES):
+            out[j, k] = lanes[k, j]
+
+
+@kernel
 def words_of_run(out: np.ndarray, lanes: np.ndarray, seed: np.uint64, step: np.uint64, site: np.uint64, first: np.uint64) -> None:
     """Write the words of consecutive positions, from `first` on: whole blocks, and parts of two at the ends; `lanes` is scratch."""
     key_0, key_1 = seed & LOW, seed >> HIGH
@@ -38,13 +56,7 @@ def words_of_run(out: np.ndarray, lanes: np.ndarray, seed: np.uint64, step: np.u
             out[i] = np.uint32(words[lane + i])
     whole = (out.size - lead) // philox.LANES
     start = (first + np.uint64(lead)) // LANES
-    for j in range(whole):  # one array per word: four that lie side by side are not vectorized
-        block = start + np.uint64(j)
-        w0, w1, w2, w3 = philox_words(block & LOW, block >> HIGH, site, step, key_0, key_1)
-        lanes[0, j], lanes[1, j], lanes[2, j], lanes[3, j] = np.uint32(w0), np.uint32(w1), np.uint32(w2), np.uint32(w3)
-    for j in range(whole):
-        for k in range(philox.LANES):
-            out[lead + philox.LANES * j + k] = lanes[k, j]
+    words_of_blocks(out[lead : lead + philox.LANES * whole].reshape((whole, philox.LANES)), lanes, start, step, site, key_0, key_1)
     done = lead + philox.LANES * whole
     if done < out.size:
         block = start + np.uint64(whole)
