@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from properties.triggers import met_by
-from refswitch.config import Dialect, Profile, rounding_points
+from refswitch.config import Capacity, Dialect, Profile, rounding_points
 from refswitch.errors import InputError
 from refswitch.records import nearest
+from refswitch.reference.capacity import capacity_in_eval, capacity_of
 from refswitch.spec_data import load_dialect, load_profile
 from refswitch.verify.case import Case
 from refswitch.verify.cases import Target, check_target
@@ -35,12 +36,13 @@ from refswitch.verify.run import resolve_target, target_of
 Layer = Callable[[Case], dict[str, np.ndarray]]
 REFERENCE_FEATURES = ("backward", "aux_loss", "z_loss", "noise", "padding", "groups", "bias", "gated", "expert_dropout", "empty")
 
-# The reference's parts: the base dialect in three formats, and three readings that differ from it wherever a knob can.
+# The reference's parts: the base dialect in three formats, and readings that differ from it wherever a knob can.
 PLAYED: dict[str, tuple[Any, str]] = {
     "float64": ("mesh_tensorflow", "float64"),
     "float32": ("mesh_tensorflow", "float32"),
     "bfloat16": ("mesh_tensorflow", "bfloat16"),
     "gated": ({"base": "mesh_tensorflow", "expert.act": "gelu", "expert.glu": True, "expert.bias": "per_expert", "router.bias": True}, "float64"),
+    "own_capacity": ({"base": "mesh_tensorflow", "capacity.min": 1, "capacity.float": "f32"}, "float64"),
     "labml_switch": ("labml_switch", "float64"),
     "megatron_top1": ("megatron_top1", "float32"),
     "flax_scatter_ignore_pads": ({"base": "flax_scatter_ignore_pads", "expert.act": "silu", "noise.kind": "z_add_normal"}, "float64"),
@@ -142,10 +144,24 @@ def player(dialect: Dialect, profile: Profile) -> Layer:
     return lambda case: {name: np.asarray(value) for name, value in reference_outputs(case, dialect, points).items()}
 
 
+def with_own_capacity(layer: Layer, rule: Capacity) -> Layer:
+    """Return the layer that does not read the case's capacity but computes it."""
+
+    def call(case: Case) -> dict[str, np.ndarray]:
+        S, E = case.sizes["S"], case.sizes["E"]
+        slots = capacity_of(S, E, case.capacity_factor, rule) if case.train else capacity_in_eval(S, E, rule)
+        return layer(Case({**case.scalars, "capacity": slots}, case.arrays))
+
+    return call
+
+
 def reference(name: str) -> Implementation:
     """Return the reference in one of its parts; being straight-line NumPy it is deterministic, which lets identities be tested to the bit."""
     dialect, profile = load_dialect(PLAYED[name][0]), dataclasses.replace(load_profile(PLAYED[name][1]), deterministic=True)
-    return implementation_of(f"reference::{name}", Target(dialect, profile, frozenset(REFERENCE_FEATURES), {}), lambda: player(dialect, profile))
+    features, layer = frozenset(REFERENCE_FEATURES), player(dialect, profile)
+    if name == "own_capacity":
+        features, layer = features | {"own_capacity"}, with_own_capacity(layer, dialect.capacity)
+    return implementation_of(f"reference::{name}", Target(dialect, profile, features, {}), lambda: layer)
 
 
 def mutant_implementation(mutant: Any, profile: str) -> Implementation:

@@ -44,11 +44,8 @@ DRAWN: dict[str, st.SearchStrategy[Any]] = {
 @st.composite
 def recipes(draw: Any, **fixed: Any) -> Recipe:
     """Draw a recipe; a field that is given is that value, or drawn from that strategy."""
-    chosen = {
-        field: draw(strategy) if field not in fixed else draw(fixed[field]) if isinstance(fixed[field], st.SearchStrategy) else fixed[field]
-        for field, strategy in DRAWN.items()
-    }
-    return Recipe(**chosen, **{field: value for field, value in fixed.items() if field not in DRAWN})
+    chosen = {field: draw(value) if isinstance(value, st.SearchStrategy) else value for field, value in (DRAWN | fixed).items()}
+    return Recipe(**chosen)
 
 
 # Regimes that a draw among small sizes does not reach; each was where a shipped fault showed.

@@ -1,13 +1,10 @@
 # May import: standard library, numpy, hypothesis, refswitch, its own folder.
-"""Capacity, who is served, slots: S-CAP-1 to S-CAP-3, S-POS-1, S-PAD-2."""
+"""Who is served, slots: S-CAP-1 to S-CAP-3, S-POS-1, S-PAD-2. Next: `test_capacity_rules`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from fractions import Fraction
-from functools import cache
-from math import ceil
 
 import numpy as np
 from hypothesis import assume
@@ -29,9 +26,7 @@ from properties.strategies import (
     plain,
     recipes,
 )
-from refswitch.config import Capacity
-from refswitch.reference.capacity import capacity_of
-from refswitch.spec_data import load_dialect, names_of
+from properties.test_capacity_rules import slots
 from refswitch.verify.case import Case
 from refswitch.verify.cases import Recipe
 
@@ -204,36 +199,18 @@ def test_padding__takes_slots_where_it_is_routed(implementation: Implementation,
 @needs("drop", features=("own_capacity",), exports=("kept",), only=WHOLE_PADS)
 @draws(
     examples=[Recipe("own-minimum", S=9, D=5, E=7, F=4, hot=1, everyone=True), Recipe("own-share", S=43, D=5, E=3, F=4, G=2, hot=1, everyone=True)],
-    recipe=recipes(hot=st.integers(0, 3), everyone=True, factor=st.sampled_from(("1.25", "1.0", "1.05")), pads=""),
+    recipe=recipes(hot=st.integers(0, 3), everyone=True, factor=st.sampled_from(("1.25", "1.0", "1.05", "0.5")), train=True, pads=""),
 )
 def test_capacity__is_the_dialects_expression(implementation: Implementation, recipe: Recipe) -> None:
-    """Whoever computes the capacity arrives at the dialect's: that many of a crowd are served."""
+    """Whoever computes the capacity arrives at the dialect's, by the training's factor or the evaluation's: that many of a crowd are served."""
     scene = play(implementation, recipe)
     rule, sizes = implementation.dialect.capacity, scene.case.sizes
-    capacity = capacity_of(sizes["S"], sizes["E"], scene.case.capacity_factor, rule) - rule.slots_lost
-    if rule.eval_rule == "factor" or scene.case.train:
-        assert (scene.kept_GE == np.minimum(scene.claims_GE, capacity)).all()
-
-
-@cache
-def _rules() -> list[tuple[str, Capacity]]:
-    return [(name, load_dialect(name).capacity) for name in names_of("dialects")]
-
-
-@clause("S-CAP-3", "S-CAP-1")
-@draws(S=st.integers(1, 4096), E=st.integers(1, 257), factor=st.sampled_from(("1.0", "1.25", "2.0", "1.05", "1.15", "2.4")))
-def test_capacity_of__is_within_one_slot_of_equation_3(implementation: Implementation, S: int, E: int, factor: str) -> None:
-    """But for minimum, clamp and multiple every dialect has S / E * factor slots, give or take one, and no fewer for more tokens."""
-    for name, capacity in _rules():
-        if capacity.expr in ("inf", "max_count", "const", "int_div") or capacity.float == "external":
-            continue
-        bare = replace(capacity, clamp_to_group=False, min=0, multiple_of=1, zero_means_inf=False)
-        share = Fraction(S, E) * Fraction(factor)
-        slack = ceil(Fraction(factor)) if capacity.expr == "floor_CFx_ceilSdivE" else 1
-        found = capacity_of(S, E, factor, bare)
-        assert share - 1 <= found <= share + slack, (name, found, share)
-        assert found <= capacity_of(S + 1, E, factor, bare), name
-        assert capacity.min <= capacity_of(S, E, factor, capacity) <= max(capacity.min, 8 * S), name
+    training = slots(sizes["S"], sizes["E"], scene.case.capacity_factor, rule) - rule.slots_lost
+    assert (scene.kept_GE == np.minimum(scene.claims_GE, training)).all()
+    if rule.eval_rule == "factor":
+        evaluated = play(implementation, replace(recipe, train=False))
+        evaluation = slots(sizes["S"], sizes["E"], rule.cf_eval, rule) - rule.slots_lost
+        assert (evaluated.kept_GE == np.minimum(evaluated.claims_GE, evaluation)).all()
 
 
 def _machine_case(implementation: Implementation, choices: list[int], is_real: list[bool], capacity: int, E: int) -> Case:
