@@ -132,7 +132,7 @@ def no_token_left_behind(choices_GSK: np.ndarray, claims_GS: np.ndarray, E: int,
     Spec: S-CAP-2. Paper: appendix B, figure 11. A token that no choice has room for keeps its first choice and is dropped.
     """
     G, S, _ = choices_GSK.shape
-    expert_GS, slot_GS, kept_GS = choices_GSK[..., 0].copy(), np.zeros((G, S), np.int64), np.zeros((G, S), bool)
+    expert_GS, slot_GS, kept_GS = choices_GSK[..., 0], np.zeros((G, S), np.int64), np.zeros((G, S), bool)
     used_G1E = np.zeros((G, 1, E), np.int64)
     for choice_GS in np.moveaxis(choices_GSK, -1, 0):
         mask_GSE = (choice_GS[..., None] == np.arange(E)) & (claims_GS & ~kept_GS)[..., None]

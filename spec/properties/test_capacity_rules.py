@@ -213,3 +213,21 @@ def test_slots_forward__counts_in_the_declared_format(operations: Operations) ->
     assert narrow.slot_GS[0].tolist() == [*range(256), 255, 257]
     assert narrow.kept_GS[0].tolist() == [True] * 257 + [False]
     assert (operations.slots_forward(expert_GS, everyone_GS, first_come_GS, 2, 257).slot_GS == exact.slot_GS).all()
+
+
+@clause("S-CAP-2")
+@draws(seed=st.integers(0, 2**20), E=st.sampled_from((3, 2, 5)), K=st.sampled_from((2, 1)), capacity=st.integers(0, 4))
+def test_no_token_left_behind__round_by_round(operations: Operations, seed: int, E: int, K: int, capacity: int) -> None:
+    """First choices come first, then the second ones of those who found no room; who finds none has its first choice, slot 0, and is dropped."""
+    random = np.random.Generator(np.random.Philox(seed))
+    choices_GSK = np.argsort(random.random((2, 11, E)), axis=-1)[..., :K]
+    claims_GS = random.random((2, 11)) < 0.8
+    route = operations.no_token_left_behind(choices_GSK, claims_GS, E, capacity)
+    for g in range(2):
+        used, expert, slot, kept = [0] * E, [int(choice) for choice in choices_GSK[g, :, 0]], [0] * 11, [False] * 11
+        for k in range(K):
+            for s in range(11):
+                e = int(choices_GSK[g, s, k])
+                if claims_GS[g, s] and not kept[s] and used[e] < capacity:
+                    expert[s], slot[s], kept[s], used[e] = e, used[e], True, used[e] + 1
+        assert (route.expert_GS[g].tolist(), route.slot_GS[g].tolist(), route.kept_GS[g].tolist()) == (expert, slot, kept)
