@@ -15,7 +15,7 @@ from properties.operations import Operations, operations_of, reference_operation
 
 from refswitch.backends.registry import BACKENDS, backend
 from refswitch.errors import InputError
-from refswitch.spec_data import every_clause
+from refswitch.spec_data import every_clause, load_clauses, load_operations
 
 LAYERS = pytest.StashKey[list[Implementation]]()
 OPERATIONS = pytest.StashKey[list[Operations]]()
@@ -102,12 +102,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     played = {name for name, _, _ in RECORD.played}
     clauses = {clause for name in played for clause in PROPERTIES[name].clauses}
     labels = sorted({label for _, label, _ in RECORD.played})
-    write(
-        f"{len(clauses)} of {len(every_clause())} clauses by {len(played)} properties on {len(labels)} implementations, {met.pop('cases', 0)} calls"
-    )
+    write(f"{len(clauses)} of {len(every_clause())} clauses by {len(played)} properties on {', '.join(labels)}: {met.pop('cases', 0)} calls")
     write(f"calls in each regime: {', '.join(f'{name} {count}' for name, count in met.most_common())}")
-    untold = sorted(set(every_clause()) - clauses)
-    if played and untold:
+    subjects = {PROPERTIES[name].subject for name in played}
+    asked = (load_clauses() if "implementation" in subjects else {}) | (load_operations() if "operations" in subjects else {})
+    untold = sorted(set(asked) - clauses)
+    if untold:
         write(f"not spoken of in this run: {', '.join(untold)}")
     for line in RECORD.vacuous:
         write(f"vacuous: {line}")

@@ -61,11 +61,14 @@ def test_properties__name_their_function() -> None:
 
 
 def test_mutant__is_noticed(mutant: Any) -> None:
-    """One of the properties of the clause that a mutant breaks fails on it."""
+    """One of the properties of the clause that a mutant breaks fails on it.
+
+    That is a relation between calls, or a value known beforehand, except where a rounding is wrong: only a radius around another evaluation tells it.
+    """
     clauses = named_by(mutant.name)
-    assert recorded(mutant, clauses, kills(mutant)), (
-        f"{mutant.name} breaks {', '.join(clauses)} unnoticed; it shows with: {mutant.trigger or 'any case'}"
-    )
+    found = recorded(mutant, clauses, kills(mutant))
+    assert found, f"{mutant.name} breaks {', '.join(clauses)} unnoticed; it shows with: {mutant.trigger or 'any case'}"
+    assert mutant.stage == "precision" or not PROPERTIES[found[0]].is_oracle, f"only {found[0]} notices it, by another evaluation"
 
 
 @pytest.mark.parametrize("operation_mutant", operation_mutants(), ids=lambda mutant: mutant.name)
