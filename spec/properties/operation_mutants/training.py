@@ -26,8 +26,8 @@ NO_PLATEAU = edited(
     "no_plateau",
     "O-RATE-1",
     "schedule.inverse_square_root",
-    "sqrt(max(step, plateau))",
-    "sqrt(max(step, 1))",
+    "math.sqrt(max(step, plateau))",
+    "math.sqrt(max(step, 1))",
     "The rate falls from the first step on.",
 )
 MULTIPLIER_INSIDE = edited(
@@ -259,4 +259,152 @@ SCALED_UP = edited(
     "limit / norm if norm > limit else 1.0",
     "limit / max(norm, 1e-300)",
     "Small gradients are scaled up to the limit.",
+)
+
+# https://github.com/lucidrains/mixture-of-experts/commit/45537f8
+NO_FAN_IN = edited("no_fan_in", "I-RULE-1", "initialization.sigma_of", '"in": fans.into', '"in": 1.0', "A deviation of 1, whatever the fan-in.")
+FAN_OUT = edited("fan_out", "I-RULE-1", "initialization.sigma_of", '"in": fans.into', '"in": fans.out', "The fan-out stands for the fan-in.")
+SCALE_FOR_ITS_ROOT = edited(
+    "scale_for_its_root",
+    "I-RULE-1",
+    "initialization.sigma_of",
+    "math.sqrt(rule.scale / divisor)",
+    "rule.scale / math.sqrt(divisor)",
+    "The scale is not under the root.",
+)
+DEVIATION_FOR_VARIANCE = edited(
+    "deviation_for_variance",
+    "I-RULE-1",
+    "initialization.rule_of",
+    'Rule("normal", recipe.scale**2, "one")',
+    'Rule("normal", recipe.scale, "one")',
+    "A deviation is taken for a variance.",
+)
+TORCH_WITHOUT_ITS_THIRD = edited(
+    "torch_without_its_third", "I-RULE-1", "initialization.rule_of", "recipe.scale / 3.0", "recipe.scale", "torch's Linear without its third."
+)
+# https://github.com/tensorflow/mesh/commit/4144c5e
+TRUNCATED_FALLS_TO_UNIFORM = edited(
+    "truncated_falls_to_uniform",
+    "I-DRAW-1",
+    "initialization.standard_of",
+    'if family == "uniform":',
+    'if family in ("uniform", "truncated", "truncated_corrected"):',
+    "An unrecognised name falls to uniform, of the same deviation.",
+)
+ALWAYS_CORRECTED = edited(
+    "always_corrected",
+    "I-DRAW-1",
+    "initialization.standard_of",
+    'if family == "truncated_corrected" else inside',
+    "if True else inside",
+    "Every truncated normal is corrected.",
+)
+NEVER_TRUNCATED = edited(
+    "never_truncated",
+    "I-DRAW-1",
+    "initialization.standard_of",
+    "normal_of(MASS_BELOW + MASS_INSIDE * fraction)",
+    "normal_of(fraction)",
+    "Nothing is cut off.",
+)
+CLOSED_INTERVAL = edited(
+    "closed_interval",
+    "I-DRAW-1",
+    "initialization.open_fraction_of",
+    "(words + 0.5)",
+    "(words + 0.0)",
+    "The word 0 has the quantile of 0, minus infinity.",
+)
+# https://github.com/laekov/fastmoe/pull/4
+EVERY_RANK_THE_SAME = edited(
+    "every_rank_the_same",
+    "I-DRAW-2",
+    "initialization.draw_experts",
+    "range(experts.start * size, experts.stop * size)",
+    "range(len(experts) * size)",
+    "Every rank draws the first experts.",
+)
+IDENTICAL_BY_THE_RANKS_FIRST = edited(
+    "identical_by_the_ranks_first",
+    "I-DRAW-2",
+    "initialization.draw_experts",
+    "draw(rule, fans, seed, number, range(size)).reshape(shape)",
+    "draw(rule, fans, seed, number, range(experts.start * size, experts.start * size + size)).reshape(shape)",
+    "Identical experts are copies of the rank's first.",
+)
+# https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/5396
+ONE_NUMBER_FOR_ALL_TENSORS = edited(
+    "one_number_for_all_tensors",
+    "I-DRAW-2",
+    "initialization.draw",
+    "site_of(number, Purpose.INITIAL_WEIGHT)",
+    "site_of(0, Purpose.INITIAL_WEIGHT)",
+    "All tensors have the same words.",
+)
+
+SOFT = "distillation.soft_cross_entropy_forward"
+TEACHER_WITHOUT_TEMPERATURE = edited(
+    "teacher_without_temperature",
+    "D-SOFT-1",
+    SOFT,
+    "logits_BLV / temperature, teacher_BLV / temperature",
+    "logits_BLV / temperature, teacher_BLV",
+    "The teacher is not softened.",
+)
+ROLES_EXCHANGED = edited(
+    "roles_exchanged",
+    "D-SOFT-1",
+    SOFT,
+    "scaled_BLV, teacher_BLV = logits_BLV / temperature, teacher_BLV / temperature",
+    "scaled_BLV, teacher_BLV = teacher_BLV / temperature, logits_BLV / temperature",
+    "The divergence is taken the other way round.",
+)
+SOFT_WITHOUT_Z = edited("soft_without_z", "D-SOFT-1", SOFT, " + z_coef * lse_BL1**2", "", "The soft part has no z-loss.")
+SOFT_OVERFLOWS = edited(
+    "soft_overflows",
+    "D-SOFT-1",
+    SOFT,
+    "max_BL1 = scaled_BLV.max(axis=-1, keepdims=True)",
+    "max_BL1 = np.zeros_like(scaled_BLV[..., :1])",
+    "The maximum is not subtracted.",
+)
+GRADIENT_WITHOUT_TEMPERATURE = edited(
+    "gradient_without_temperature", "D-SOFT-2", SOFT, "- q_BLV) / temperature", "- q_BLV)", "The gradient lacks its 1 / T."
+)
+GRADIENT_WITHOUT_Z = edited("gradient_without_z", "D-SOFT-2", SOFT, "(1.0 + 2.0 * z_coef * lse_BL1)", "1.0", "The gradient lacks the z-loss.")
+GRADIENT_WITHOUT_WEIGHT = edited(
+    "gradient_without_weight",
+    "D-SOFT-2",
+    SOFT,
+    "dvalue_dlogits_BLV = scale_BL1 *",
+    "dvalue_dlogits_BLV = scale_BL1.max() *",
+    "Every token has the largest weight.",
+)
+NO_SQUARED_TEMPERATURE = edited(
+    "no_squared_temperature", "D-MIX-1", "distillation.distillation_forward", "temperature**2 * soft", "soft", "T^2 is left out."
+)
+FRACTIONS_SWAPPED = edited(
+    "fractions_swapped",
+    "D-MIX-1",
+    "distillation.distillation_forward",
+    "1.0 - soft, temperature**2 * soft",
+    "soft, temperature**2 * (1.0 - soft)",
+    "The fractions stand in each other's place.",
+)
+HARD_NOT_SMOOTHED = edited(
+    "hard_not_smoothed",
+    "D-MIX-1",
+    "distillation.distillation_forward",
+    "denominator, smoothing, z_coef)",
+    "denominator, 0.0, z_coef)",
+    "The labels are not smoothed.",
+)
+HARD_GRADIENT_ALONE = edited(
+    "hard_gradient_alone",
+    "D-MIX-1",
+    "distillation.distillation_backward",
+    "dlogits_hard_BLV + dlogits_soft_BLV",
+    "dlogits_hard_BLV",
+    "The soft part has no gradient.",
 )
