@@ -36,7 +36,7 @@ from refswitch.spec_data import nearest
 
 
 class Order:
-    """In which order a mutant's properties are tried: first those that killed its neighbours, then the quick ones."""
+    """In which order a mutant's properties are tried: first those that killed its neighbours, then the strong and the quick ones."""
 
     def __init__(self, known: Verdicts) -> None:
         self.known = known
@@ -60,7 +60,12 @@ class Order:
         assert mutant is not None
         held = [held for held in self.known.tried_on(mutant) if held.name not in self.untrue]
         scopes = (mutant.function, mutant.file, "")
-        return sorted(held, key=lambda one: [*(-self.kills[scope, one.name] for scope in scopes), one.entry.fewer])
+
+        def place(one: Property) -> tuple[object, ...]:
+            entry = one.entry
+            return (*(-self.kills[scope, one.name] for scope in scopes), not entry.is_oracle, entry.subject == "implementation", entry.fewer)
+
+        return sorted(held, key=place)
 
 
 class Campaign:
