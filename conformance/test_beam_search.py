@@ -1,5 +1,5 @@
 # May import: standard library, numpy, pytest, torch, transformers, refswitch.
-"""Beam search against Hugging Face's `generate`, and against the exhaustive search that it approximates."""
+"""Beam search against Hugging Face's `generate`. What it is without a peer: spec/properties/test_beam_search.py."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ import torch
 
 from conformance.house import hf_model
 from conformance.test_model_peer import SHAPES
-from refswitch.model_setup import no_noise
 from refswitch.reference import beam_search as module
-from refswitch.reference.beam_search import beam_search, length_penalty, log_softmax
+from refswitch.reference.beam_search import beam_search
 from refswitch.reference.decoding import decode
 from refswitch.reference.transformer import Batch, ModelParams, ModelStatics, model_forward
 
@@ -93,34 +92,3 @@ def test_beam_search__comparison_notices(plant: str, monkeypatch: pytest.MonkeyP
         keep_all = module.best_of
         monkeypatch.setattr(module, "best_of", lambda beams, count: keep_all(beams, count)[:1] + (np.zeros_like(keep_all(beams, count)[1]),))
     assert sum(compare(number, 4, 1.0, early=True)[1] for number in (0, 1, 3, 4, 6)) > 0
-
-
-def test_beam_search__finds_the_best_where_no_beam_is_lost() -> None:
-    """With as many beams as tokens and two steps nothing is pruned: the best beam is the best sequence, scored by the whole forward pass."""
-    it = setting(3)
-    B, V = it.shape.B, it.shape.V
-    statics = it.statics.decoder._replace(groups=B * V)
-    end = frequent_token(it)
-    found, _ = beam_search(it.memory_BMD, it.batch.encoder_valid_BM, it.params, statics, V, 2, start=0, end=end, pad=0, alpha=0.6, rule="wu")
-    noise = no_noise(it.params, it.statics, B, it.shape.M, 2)
-    best_B = np.full(B, -np.inf)
-    for first in range(V):
-        two_BL = np.tile([0, first], (B, 1))
-        call = it.batch._replace(
-            decoder_tokens_BL=two_BL, decoder_segment_BL=np.ones_like(two_BL), decoder_valid_BL=np.ones_like(two_BL) == 1,
-            decoder_position_L=np.arange(2), targets_BL=two_BL, weight_BL=np.ones(two_BL.shape),
-        )  # fmt: skip
-        outputs, _ = model_forward(call, it.params, noise, it.statics)
-        logp_BLV = log_softmax(outputs.logits_BLV)
-        first_B = logp_BLV[:, 0, first]
-        score_B = first_B / length_penalty(1, 0.6, "wu") if first == end else (first_B + logp_BLV[:, 1].max(-1)) / length_penalty(2, 0.6, "wu")
-        best_B = np.maximum(best_B, score_B)
-    terms = it.shape.D * it.shape.F * sum(it.shape.layers) * V
-    assert np.all(np.abs(found.score_BW[:, 0] - best_B) <= terms * np.finfo(float).eps * np.abs(best_B))
-
-
-def test_length_penalty__both_rules() -> None:
-    """Wu et al., equation 14, at 1 and 7 tokens; a power of the length."""
-    assert length_penalty(1, 0.6, "wu") == 1.0
-    assert length_penalty(7, 1.0, "wu") == 2.0
-    assert length_penalty(9, 0.5, "power") == 3.0

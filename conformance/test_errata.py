@@ -14,8 +14,8 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
+from properties.model_scenes import Kind, setup_of
 
-from conformance.test_model_gradients import setup_of
 from refswitch.config import TRUTH, rounding_points
 from refswitch.model_config import preset, sparse_layers
 from refswitch.numbers.precision import FORMATS, round_to
@@ -197,7 +197,7 @@ def test_erratum_14__the_balance_loss_can_lie_below_one() -> None:
 
 def test_erratum_15__the_balance_loss_is_summed_over_layers() -> None:
     """Tempting: the mean over sparse layers, which T5X takes: an effective alpha smaller by their number."""
-    summed, averaged = setup_of("mesh_tensorflow", True, "targets"), setup_of("flax_masked_switch_base", True, "targets")
+    summed, averaged = setup_of(Kind("mesh_tensorflow")), setup_of(Kind("flax_masked_switch_base"))
     for setup, is_mean in ((summed, False), (averaged, True)):
         outputs, _ = model_forward(setup.batch, setup.params, setup.noise, setup.statics)
         layers = [float(switch.aux_loss) for stack in (outputs.encoder, outputs.decoder) for switch in stack.switches]

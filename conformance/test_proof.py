@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from properties.model_scenes import KINDS, Kind, setup_of
 
 from conformance import test_variants
-from conformance.test_model_gradients import CASES, setup_of
 from conformance.test_reference_gradients import draw_data, plan_of
 from refswitch.config import TRUTH, rounding_points
 from refswitch.numbers.precision import FORMATS
@@ -50,16 +50,16 @@ from refswitch.verify.oracle import reference_outputs
 Run = Callable[[], Any]
 
 
-def run_model(case: tuple[str, bool, str]) -> None:
+def run_model(kind: Kind) -> None:
     """Run the model forward and backward."""
-    setup = setup_of(*case)
+    setup = setup_of(kind)
     _, saved = model_forward(setup.batch, setup.params, setup.noise, setup.statics)
     model_backward(1.0, saved, setup.params, setup.statics)
 
 
 def run_pooled() -> None:
     """Run a model with two Switch layers per stack, whose balance losses are pooled."""
-    setup = setup_of(*CASES[2])
+    setup = setup_of(KINDS[2])
     encoder, decoder = (stack._replace(blocks=(stack.blocks[1],) * 2) for stack in (setup.params.encoder, setup.params.decoder))
     params = setup.params._replace(encoder=encoder, decoder=decoder)
     _, saved = model_forward(setup.batch, params, setup.noise, setup.statics)
@@ -68,7 +68,7 @@ def run_pooled() -> None:
 
 def run_decoding(temperature: float, beams: int) -> None:
     """Decode greedily or by drawing, or search beams, from the model's own encoder."""
-    setup = setup_of(*CASES[1])
+    setup = setup_of(KINDS[1])
     outputs, _ = model_forward(setup.batch, setup.params, setup.noise, setup.statics)
     memory_BMD, valid_BM = outputs.encoder.out_BLD, setup.batch.encoder_valid_BM
     B, length = memory_BMD.shape[0], 4
@@ -114,7 +114,7 @@ def run_expert_parallel() -> None:
 
 
 RUNS: dict[str, Run] = {
-    **{f"model {case[0]}": lambda case=case: run_model(case) for case in CASES},
+    **{f"model {kind.dialect}": lambda kind=kind: run_model(kind) for kind in KINDS},
     "model, pooled": run_pooled,
     "decoding, greedy": lambda: run_decoding(0.0, 0),
     "decoding, sampled": lambda: run_decoding(0.7, 0),
