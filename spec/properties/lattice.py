@@ -18,7 +18,7 @@ from properties.implementation import Implementation
 from properties.scenes import Scene, replay
 from properties.strategies import case_of, changed
 from refswitch.config import rounding_points
-from refswitch.numbers.precision import FORMATS, round_to
+from refswitch.numbers.precision import round_to
 from refswitch.verify.case import Case
 from refswitch.verify.cases import Recipe, Target, integers, uniform
 
@@ -74,11 +74,8 @@ def large(target: Target) -> float:
 
 
 def lattice_case(implementation: Implementation, plan: Plan) -> Case:
-    """Make the case of a plan; the example is dropped where the implementation takes none or its products are not exact on integers."""
+    """Make the case of a plan; the example is dropped where the implementation takes none. Its property needs `exact_sums`."""
     target = implementation.target
-    profile = target.profile
-    wide = FORMATS[profile.accumulate.format].precision >= EXACT_BITS if profile.accumulate.format != "exact" else True
-    assume(wide and profile.products.input == "stored")
     recipe = Recipe(plan.name, S=plan.S, D=plan.E + 3, E=plan.E, F=plan.F, capacity=plan.capacity, pads=plan.pads, mask=plan.mask)
     case = case_of(recipe, target)
     assume(case is not None)
@@ -240,9 +237,7 @@ class _Row:
 
 
 def is_exact_backward(case: Case, target: Target, expected: dict[str, np.ndarray]) -> bool:
-    """Whether every partial sum of the gradients is a multiple of 1/16 that 24 bits hold."""
-    if FORMATS[target.profile.storage.gradients].precision < EXACT_BITS:
-        return False
+    """Whether every partial sum of the gradients is a multiple of 1/16 that 24 bits hold. Its property needs `wide_gradients`."""
     dgate = np.abs(np.asarray(case.dout, np.float64)) * np.abs(expected["expert_out"])
     through_router = AXIS * 16.0 * dgate.sum() if (expected["probs"][~np.isin(expected["probs"], (0.0, 1.0))]).size else 0.0
     sixteenths = 16.0 * AXIS * np.abs(expected["hidden"]).sum() * np.abs(np.asarray(case.dout)).max(initial=0.0)

@@ -126,7 +126,7 @@ def test_biases__are_rows_of_constant_tokens(implementation: Implementation, rec
 
 
 @clause("S-BACK-2", "S-BACK-1")
-@needs("tie", features=BACKWARD, only=UNDERSTOOD)
+@needs("tie", features=BACKWARD, only=UNDERSTOOD, exact_sums=True, wide_gradients=True)
 @draws(examples=[Plan("torn", 17, 4, 3, 2, 18)], plan=plans(st.just(2)))
 def test_dgate__at_a_tie_goes_to_the_chosen(implementation: Implementation, plan: Plan) -> None:
     """Of two experts with equal logits the chosen one alone has the gate's gradient: +dgate/4, and the other's logit gets -dgate/4."""
@@ -143,7 +143,7 @@ def test_dgate__at_a_tie_goes_to_the_chosen(implementation: Implementation, plan
 
 
 @clause("S-BACK-1", "S-BACK-2", "S-BACK-3", "S-BACK-4", is_oracle=True)
-@needs("drop", "tie", features=BACKWARD, only=UNDERSTOOD)
+@needs("drop", "tie", features=BACKWARD, only=UNDERSTOOD, exact_sums=True, wide_gradients=True)
 @draws(examples=[Plan("two-ways", 17, 4, 3, 2, 2), Plan("one-way", 11, 5, 6, 1, 3, "scattered", True)], plan=plans())
 def test_backward__exact_on_lattice(implementation: Implementation, plan: Plan) -> None:
     """On integers every gradient is known to the bit."""
@@ -157,7 +157,7 @@ def test_backward__exact_on_lattice(implementation: Implementation, plan: Plan) 
 
 
 @clause("S-BACK-1", "S-BACK-3", "S-BACK-4")
-@needs("drop", features=BACKWARD, only=UNDERSTOOD | DROPS_ZERO | OWN_BIAS)
+@needs("drop", features=BACKWARD, only=UNDERSTOOD | DROPS_ZERO | OWN_BIAS, exact_sums=True, wide_gradients=True)
 @draws(examples=[Plan("served", 17, 4, 3, 1, 3), Plan("padded", 11, 5, 6, 1, 2, "scattered", True)], plan=plans(st.just(1)))
 def test_backward__adjoint_on_integers(implementation: Implementation, plan: Plan) -> None:
     """Out and back are adjoint, to the bit: <out, dout> = <w_out, dw_out> + <b_out, db_out>, and each layer's product is met from both its sides.

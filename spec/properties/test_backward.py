@@ -48,7 +48,7 @@ def test_backward__linear_in_dout(implementation: Implementation, recipe: Recipe
 
 
 @clause("S-BACK-1", "S-BACK-2", "S-BACK-5", "S-BACK-6")
-@needs("drop", features=(*BACKWARD, "z_loss"))
+@needs("drop", features=(*BACKWARD, "z_loss"), wide_gradients=True)
 @draws(examples=[OVERFLOW_IN_GROUPS, replace(TAILS, train=True)], recipe=recipes(ties=""))
 def test_backward__losses_superpose(implementation: Implementation, recipe: Recipe) -> None:
     """The gradient of a sum of losses is the sum of their gradients; the router's losses give the experts exact zeros."""
@@ -65,7 +65,7 @@ def test_backward__losses_superpose(implementation: Implementation, recipe: Reci
 
 
 @clause("S-BACK-1", "S-BACK-2", "S-BACK-3", "S-BACK-4")
-@needs(features=BACKWARD)
+@needs(features=BACKWARD, wide_gradients=True)
 @draws(recipe=recipes(ties="", losses=(0.0, 0.0)))
 def test_backward__additive_in_dout(implementation: Implementation, recipe: Recipe) -> None:
     """What half of the tokens and what the other half send back add up."""

@@ -191,7 +191,7 @@ def test_experts__second_layer_reads_every_hidden_unit(implementation: Implement
     "S-PREC-1",
     is_oracle=True,
 )
-@needs("drop", "tie", only=UNDERSTOOD)
+@needs("drop", "tie", only=UNDERSTOOD, exact_sums=True)
 @draws(examples=[Plan("two-ways", 17, 4, 3, 2, 2), Plan("one-way", 11, 5, 6, 1, 3, "scattered", True)], plan=plans())
 def test_switch_layer__exact_on_lattice(implementation: Implementation, plan: Plan) -> None:
     """On integers every output is known to the bit, whatever the order of summation and the format."""
@@ -204,7 +204,7 @@ def test_switch_layer__exact_on_lattice(implementation: Implementation, plan: Pl
 
 
 @clause("S-PACK-1", "S-DROP-1", "S-COMBINE-1")
-@needs("drop", only=UNDERSTOOD | DROPS_ZERO | UNGATED)
+@needs("drop", only=UNDERSTOOD | DROPS_ZERO | UNGATED, exact_sums=True)
 @draws(examples=[Plan("round-trip", 17, 4, 3, 1, 2)], plan=plans(st.just(1)))
 def test_pack__round_trip(implementation: Implementation, plan: Plan) -> None:
     """Experts that compute the identity, with a gate of 1, return every kept token as it came, and 0 for the others."""
@@ -222,7 +222,7 @@ def test_pack__round_trip(implementation: Implementation, plan: Plan) -> None:
 
 
 @clause("S-PACK-1", "S-ROUTE-3", "S-CAP-1")
-@needs("drop", only=UNDERSTOOD | DROPS_ZERO | UNGATED)
+@needs("drop", only=UNDERSTOOD | DROPS_ZERO | UNGATED, exact_sums=True)
 @draws(examples=[Plan("codes", 17, 4, 3, 1, 2)], plan=plans(st.just(1)))
 def test_pack__experts_that_return_their_name(implementation: Implementation, plan: Plan) -> None:
     """Experts that return their own number spell the routing table in the output: each token's own expert, once, and 0 for the dropped."""

