@@ -155,6 +155,23 @@ class Backend(Protocol):
     def cross_entropy_backward(self, dvalue: float, saved: Saved) -> np.ndarray:
         """Return dlogits_BLV."""
 
+    def distillation_forward(
+        self,
+        logits_BLV: np.ndarray,
+        teacher_BLV: np.ndarray,
+        targets_BL: np.ndarray,
+        weight_BL: np.ndarray,
+        denominator: float,
+        smoothing: float,
+        z_coef: float,
+        soft: float,
+        temperature: float,
+    ) -> tuple[float, Saved]:
+        """Return the mixture of the labels' loss and a teacher's."""
+
+    def distillation_backward(self, dvalue: float, saved: Saved) -> np.ndarray:
+        """Return dlogits_BLV."""
+
     # The Switch layer.
 
     def switch_forward(self, inputs: SwitchInputs, params: SwitchParams, statics: Statics) -> tuple[SwitchOutputs, Saved]:

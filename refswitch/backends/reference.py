@@ -21,6 +21,7 @@ from refswitch.reference.attention import AttentionParams, AttentionSaved, atten
 from refswitch.reference.block import StackStatics
 from refswitch.reference.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from refswitch.reference.decoding import attend, project
+from refswitch.reference.distillation import distillation_backward, distillation_forward
 from refswitch.reference.embedding import (
     embed_backward,
     embed_forward,
@@ -45,7 +46,7 @@ __all__ = [
     "attention_forward",
     "begin",
     "cross_entropy_backward",
-    "cross_entropy_forward",
+    "cross_entropy_forward", "distillation_backward", "distillation_forward",
     "dtype",
     "embed_backward",
     "embed_forward",

@@ -151,7 +151,50 @@ def train(
     """
     from refswitch.cli.train import Door, run_train
 
-    raise typer.Exit(_status_of(lambda: run_train(Door(config, assignments or [], resume, quiet, verbose))))
+    raise typer.Exit(_status_of(lambda: run_train(Door(config, assignments or [], "", resume, quiet, verbose))))
+
+
+@app.command(
+    epilog="Example: `refswitch finetune runs/tiny my_tasks.yaml steps=500`, where my_tasks.yaml says "
+    "`tasks: [{name: rte, train: [rte/train.jsonl], validation: [rte/dev.jsonl]}]`"
+)
+def finetune(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, one of its checkpoints, or a model's folder.", show_default=False)],
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The tasks, and what differs from run and recipe.", show_default=False)],
+    assignments: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Laid over it, dotted: steps=500 best=rouge2.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run_dir, to the same bits.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every checkpoint.")] = False,
+) -> None:
+    """Fine-tune a run on text-to-text tasks: dropout 0.1, expert dropout 0.4, a constant rate; the best checkpoint is kept.
+
+    Exit status: 0 trained, 130 stopped by Ctrl-C and saved, 2 otherwise.
+    """
+    from refswitch.cli.train import Door, run_finetune
+
+    raise typer.Exit(_status_of(lambda: run_finetune(Door(config, assignments or [], run, resume, quiet, verbose))))
+
+
+@app.command(epilog="Example: `refswitch distill runs/tiny tiny model.experts=0 model.encoder_sparse=[] model.decoder_sparse=[] run_dir=runs/dense`")
+def distill(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A run's folder, or one of its checkpoints.", show_default=False)],
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml|PRESET", help="The student's run; its text is the teacher's.", show_default=False)],
+    assignments: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Laid over it, dotted: distill.soft_share=0.25.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run_dir, to the same bits.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every checkpoint.")] = False,
+) -> None:
+    """Train a student on labels and on a teacher's distribution: 0.75 and 0.25, begun with the teacher's weights outside its sparse layers.
+
+    Exit status: 0 trained, 130 stopped by Ctrl-C and saved, 2 otherwise.
+    """
+    from refswitch.cli.train import Door, run_distill
+
+    raise typer.Exit(_status_of(lambda: run_distill(Door(config, assignments or [], teacher, resume, quiet, verbose))))
 
 
 @app.command(

@@ -17,17 +17,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from refswitch.training.config import as_tree, hash_of, load_config
+from refswitch.training.config import TrainConfig, as_tree, hash_of, load_config
+from refswitch.training.derived import distill_config, finetune_config
 from refswitch.training.loop import Facts, Outcome, train
 
 LINE_EVERY = 10.0  # seconds, where the output is no terminal
 
 
 class Door(NamedTuple):
-    """The command line as parsed."""
+    """The command line as parsed; `source` is the run to fine-tune, or the teacher."""
 
     config: str
     assignments: list[str]
+    source: str
     resume: bool
     quiet: bool
     verbose: bool
@@ -68,7 +70,7 @@ class Display:
         config = facts.config
         self.say(
             f"{escape(config.model.name)}: {facts.parameters:,} parameters, {config.model.experts} experts; backend {config.backend}, "
-            f"precision {config.precision}; corpus {facts.corpus}; run {escape(str(facts.run_dir))}"
+            f"precision {config.precision}; text {facts.material}; run {escape(str(facts.run_dir))}"
         )
         self.say(f"to beat: {facts.unigram_entropy:.4f} nats per target token, the unigram entropy of the held-out targets")
         if facts.start:
@@ -89,8 +91,8 @@ class Display:
         assert self.task is not None, "started comes before stepped"
         self.progress.update(self.task, completed=entry["step"], told=told)
         if "eval" in entry:
-            held_out = entry["eval"]
-            self.say(f"step {entry['step']}: held-out loss {held_out['loss']:.4f} nats per target token, accuracy {held_out['accuracy']:.1%}")
+            told = ", ".join(f"{name} {value:.4f}" for name, value in entry["eval"].items() if isinstance(value, float))
+            self.say(f"step {entry['step']}: held out: {told}")
         if not self.is_live and now - self.last_line >= LINE_EVERY:
             self.last_line = now
             self.say(f"step {entry['step']} of {self.steps}: {told}")
@@ -129,21 +131,36 @@ def _tell(display: Display, outcome: Outcome, run_dir: str) -> None:
     if outcome.held_out_loss is not None:
         gain = outcome.unigram_entropy - outcome.held_out_loss
         side = "below" if gain >= 0.0 else "above"
-        display.say(
-            f"held-out loss {outcome.held_out_loss:.4f} nats per target token, {abs(gain):.4f} {side} the unigram entropy {outcome.unigram_entropy:.4f}"
-        )
+        told = f"held-out loss {outcome.held_out_loss:.4f} nats per target token, {abs(gain):.4f} {side} the unigram entropy"
+        display.say(f"{told} {outcome.unigram_entropy:.4f}")
+    if outcome.best is not None:
+        display.say(f"best checkpoint: step {outcome.best.step}, {outcome.best.metric} {outcome.best.value:.4f}")
     display.say(f"pictures: {escape(str(outcome.page))}; try: refswitch generate {escape(run_dir)}")
 
 
 def run_train(door: Door) -> int:
-    """Train what the command line says; return the exit status.
+    """Train what the command line says; return the exit status."""
+    return _run(door, load_config(door.config, door.assignments))
+
+
+def run_finetune(door: Door) -> int:
+    """Fine-tune what the command line says; return the exit status."""
+    return _run(door, finetune_config(door.source, door.config, door.assignments))
+
+
+def run_distill(door: Door) -> int:
+    """Distill what the command line says; return the exit status."""
+    return _run(door, distill_config(door.source, door.config, door.assignments))
+
+
+def _run(door: Door, config: TrainConfig) -> int:
+    """Train; whatever is wrong is an InputError of one line.
 
     Raises
     ------
     InputError
         In one line, whatever is wrong.
     """
-    config = load_config(door.config, door.assignments)
     display = Display(door, config.steps)
     if not door.quiet:
         shown = yaml.safe_dump(as_tree(config), sort_keys=False, default_flow_style=True, width=10**6).strip()

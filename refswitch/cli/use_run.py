@@ -14,7 +14,7 @@ from rich.table import Table
 from refswitch.cli.files import check_writable, write_json
 from refswitch.engine.decoding import Picking
 from refswitch.errors import InputError
-from refswitch.training.runs import Answer, answers, evaluate_run, held_out_prompts, open_run
+from refswitch.training.runs import Answer, answers, held_out_prompts, material_of, open_run
 
 PROMPTS_SHOWN = 3
 
@@ -59,13 +59,15 @@ def run_eval(door: EvalDoor) -> int:
     console = _console()
     with Console(stderr=True).status("evaluating"):
         run = open_run(door.run, door.step)
-        told = evaluate_run(run, door.batches or run.config.eval_batches)
+        material = material_of(run, door.batches or run.config.eval_batches)
+        measured = material.measure(run.params, run.step)
+    told = {"step": run.step, "text": material.digest, "unigram_entropy": material.unigram_entropy, **measured}
     if not door.quiet:
-        console.print(f"{escape(door.run)}, step {told['step']}: {escape(run.config.model.name)}, corpus {told['corpus']}")
-        console.print(
-            f"held-out loss {told['loss']:.4f} nats per target token over {told['target_tokens']:,} of them; unigram entropy "
-            f"{told['unigram_entropy']:.4f}; accuracy {told['accuracy']:.1%}"
-        )
+        console.print(f"{escape(door.run)}, step {run.step}: {escape(run.config.model.name)}, text {material.digest}")
+        console.print(f"held-out loss {told['loss']:.4f} nats per target token; unigram entropy {told['unigram_entropy']:.4f}")
+        for name, scores in told.get("tasks", {}).items():
+            console.print(f"{escape(name)}: {', '.join(f'{metric} {value:.4f}' for metric, value in scores.items())}")
+    if not door.quiet and "layers" in told:
         table = Table(box=None, padding=(0, 1), header_style="bold")
         for column in ("layer", "dropped", "gate", "entropy", "share of each expert"):
             table.add_column(column, justify="left" if column in ("layer", "share of each expert") else "right")

@@ -37,7 +37,7 @@ def layer_sums(outputs: ModelOutputs, batch: Batch) -> np.ndarray:
     """Return one row of sums for each sparse layer, the encoder's first."""
     rows = [_sums(switch, batch.encoder_valid_BM) for switch in outputs.encoder.switches]
     rows += [_sums(switch, batch.decoder_valid_BL) for switch in outputs.decoder.switches]
-    return np.array(rows).reshape(len(rows), -1)
+    return np.array(rows).reshape(len(rows), -1 if rows else 0)
 
 
 def layer_metrics(sums: np.ndarray, world: World) -> tuple[LayerMetrics, ...]:

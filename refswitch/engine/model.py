@@ -45,6 +45,14 @@ class StackSaved(NamedTuple):
     norm: Saved
 
 
+class Soft(NamedTuple):
+    """A teacher's part in the loss. Paper: 4.2."""
+
+    logits_BLV: np.ndarray  # constant data
+    share: float  # lambda
+    temperature: float
+
+
 class ModelSaved(NamedTuple):
     """What the model's backward needs."""
 
@@ -53,7 +61,8 @@ class ModelSaved(NamedTuple):
     encoder: StackSaved
     decoder: StackSaved
     decoder_out_BLD: np.ndarray
-    cross_entropy: Saved
+    cross_entropy: Saved  # or the distillation's
+    is_soft: bool
     aux_share: float  # weight of each layer's balance loss in its stack's
     z_shares: tuple[float, float]  # the same for the z-loss of an encoder's and a decoder's layer
 
@@ -203,14 +212,19 @@ def model_forward(
     backend: Backend,
     denominator: float | None = None,
     recompute: bool = False,
+    soft: Soft | None = None,
 ) -> tuple[ModelOutputs, ModelSaved]:
-    """Compute logits and the objective. `denominator` is that of the whole batch where this is a part of it."""
+    """Compute logits and the objective. `denominator` is that of the whole batch where this is a part of it; with a teacher the cross-entropy is
+    the mixture of both.
+    """
     encoder, encoder_saved, decoder, decoder_saved = hidden_forward(batch, params, noise, statics, backend, recompute)  # F1 to F4
     logits_BLV = head_forward(decoder.out_BLD, params, statics, backend)  # F5
     divided_by = loss_denominator(batch, statics) if denominator is None else denominator
-    cross_entropy, cross_entropy_saved = backend.cross_entropy_forward(
-        logits_BLV, batch.targets_BL, batch.weight_BL, divided_by, statics.label_smoothing, statics.logits_z_coef
-    )  # F6
+    labels = batch.targets_BL, batch.weight_BL, divided_by, statics.label_smoothing, statics.logits_z_coef
+    if soft is None:
+        cross_entropy, cross_entropy_saved = backend.cross_entropy_forward(logits_BLV, *labels)  # F6
+    else:
+        cross_entropy, cross_entropy_saved = backend.distillation_forward(logits_BLV, soft.logits_BLV, *labels, soft.share, soft.temperature)  # F6
     counts = len(encoder.switches), len(decoder.switches)
     pooling = statics.encoder.dialect.aux.layers
     is_pooled = pooling == "average_then_product"
@@ -226,7 +240,7 @@ def model_forward(
     weighted_encoder = statics.encoder.aux_coef * aux_encoder + statics.encoder.z_coef * z_encoder
     weighted_decoder = statics.decoder.aux_coef * aux_decoder + statics.decoder.z_coef * z_decoder
     losses = Losses(cross_entropy, aux_encoder + aux_decoder, z_encoder + z_decoder, cross_entropy + weighted_encoder + weighted_decoder)  # F7
-    saved = ModelSaved(batch, noise, encoder_saved, decoder_saved, decoder.out_BLD, cross_entropy_saved, aux_share, z_shares)
+    saved = ModelSaved(batch, noise, encoder_saved, decoder_saved, decoder.out_BLD, cross_entropy_saved, soft is not None, aux_share, z_shares)
     return ModelOutputs(logits_BLV, losses, encoder, decoder), saved
 
 
@@ -237,7 +251,8 @@ def model_backward(dobjective: float, saved: ModelSaved, params: ModelParams, st
     dz_encoder, dz_decoder = (
         dobjective * stack.z_coef * share for stack, share in zip((statics.encoder, statics.decoder), saved.z_shares, strict=True)
     )  # B7
-    dlogits_BLV = backend.rounded(backend.cross_entropy_backward(dobjective, saved.cross_entropy), around.gradients)  # B6  R14
+    loss_backward = backend.distillation_backward if saved.is_soft else backend.cross_entropy_backward
+    dlogits_BLV = backend.rounded(loss_backward(dobjective, saved.cross_entropy), around.gradients)  # B6  R14
     dembedding_VD, dw_logits_DV = None, None
     if params.w_logits_DV is None:
         dout_BLD, dembedding_VD = backend.tied_logits_backward(dlogits_BLV, saved.decoder_out_BLD, params.embedding_VD, around)  # B5

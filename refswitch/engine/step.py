@@ -20,7 +20,7 @@ import numpy as np
 
 from refswitch.backends.protocol import UNROUNDED, Backend
 from refswitch.engine.metrics import LayerMetrics, layer_metrics, layer_sums
-from refswitch.engine.model import ModelSaved, first_non_finite, head_forward, hidden_forward, model_backward, model_forward
+from refswitch.engine.model import ModelSaved, Soft, first_non_finite, head_forward, hidden_forward, model_backward, model_forward
 from refswitch.engine.noise import Address, check_noise, draw_noise
 from refswitch.engine.optimizer import Optimizer, OptimizerTree, initial_optimizer, stored, update
 from refswitch.errors import InputError
@@ -28,7 +28,7 @@ from refswitch.model_config import ModelConfig
 from refswitch.model_setup import dialect_of, model_statics
 from refswitch.numbers.precision import Format
 from refswitch.precision import Precision
-from refswitch.reference.transformer import Batch, Losses, ModelOutputs, ModelParams, ModelStatics
+from refswitch.reference.transformer import Batch, Losses, ModelOutputs, ModelParams, ModelStatics, StackOutputs
 from refswitch.tree import leaves, with_leaves
 from refswitch.worlds.one import ONE
 from refswitch.worlds.world import World
@@ -46,6 +46,8 @@ class Setup(NamedTuple):
     logits_z_coef: float = 0.0
     microbatches: int = 1
     recompute: bool = False  # a block's activations, instead of keeping all blocks'
+    soft_share: float = 0.0  # of a teacher's distribution in the loss, where a step is given its logits
+    temperature: float = 1.0
 
 
 class TrainState(NamedTuple):
@@ -146,7 +148,15 @@ def part_statics(setup: Setup, batch: Batch, share: float) -> ModelStatics:
 
 
 def part_forward(
-    params: ModelParams, batch: Batch, setup: Setup, step: int, part: int, denominator: float, backend: Backend, world: World
+    params: ModelParams,
+    batch: Batch,
+    setup: Setup,
+    step: int,
+    part: int,
+    denominator: float,
+    backend: Backend,
+    world: World,
+    teacher_BLV: np.ndarray | None,
 ) -> tuple[ModelOutputs, ModelSaved, ModelStatics]:
     """Run one microbatch forward: rows, noise and shares of the whole batch."""
     k = setup.microbatches
@@ -157,7 +167,8 @@ def part_forward(
     address = Address(setup.seed, step, (world.rank * k + part) * rows)
     (_, M), (_, L) = here.encoder_tokens_BM.shape, here.targets_BL.shape
     noise = draw_noise(setup.config, statics, address, (rows, M, L), True, backend)
-    outputs, saved = model_forward(here, params, noise, statics, backend, denominator, setup.recompute)
+    soft = None if teacher_BLV is None else Soft(teacher_BLV[part * rows : (part + 1) * rows], setup.soft_share, setup.temperature)
+    outputs, saved = model_forward(here, params, noise, statics, backend, denominator, setup.recompute, soft)
     return outputs, saved, statics
 
 
@@ -168,7 +179,7 @@ def whole_denominator(batch: Batch, setup: Setup, world: World) -> tuple[float, 
 
 
 def loss_and_gradients(
-    params: ModelParams, batch: Batch, setup: Setup, step: int, backend: Backend, world: World = ONE
+    params: ModelParams, batch: Batch, setup: Setup, step: int, backend: Backend, world: World = ONE, teacher_BLV: np.ndarray | None = None
 ) -> tuple[Losses, ModelParams, np.ndarray]:
     """Return the losses, the gradients of the objective, and the sums of the sparse layers on this rank.
 
@@ -192,7 +203,7 @@ def loss_and_gradients(
     denominator, _ = whole_denominator(batch, setup, world)
     since, total, losses, sums = backend.mark(), None, np.zeros(len(Losses._fields)), np.zeros(())
     for part in range(k):
-        outputs, saved, statics = part_forward(params, batch, setup, step, part, denominator, backend, world)
+        outputs, saved, statics = part_forward(params, batch, setup, step, part, denominator, backend, world, teacher_BLV)
         if not np.isfinite(outputs.losses.objective):
             raise NonFiniteError(f"step {step}: the objective is {outputs.losses.objective}; first at {first_non_finite(outputs)}")
         share = 1.0 / (k * world.size)
@@ -210,9 +221,15 @@ def loss_and_gradients(
 
 
 def train_step(
-    state: TrainState, batch: Batch, setup: Setup, learning_rate: float, backend: Backend, world: World = ONE
+    state: TrainState,
+    batch: Batch,
+    setup: Setup,
+    learning_rate: float,
+    backend: Backend,
+    world: World = ONE,
+    teacher_BLV: np.ndarray | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """Return the state after one update, and what the step says of itself.
+    """Return the state after one update, and what the step says of itself. With a teacher's logits the loss is the mixture that the setup says.
 
     The state that is passed is given away: its arrays may be overwritten. Everything follows from it, the batch and the setup, to the same bits.
 
@@ -226,7 +243,7 @@ def train_step(
     with backend.running():
         backend.begin()
         read = rounded_tree(state.params, setup.setting.read, backend)
-        losses, gradients, sums = loss_and_gradients(read, batch, setup, state.step, backend, world)
+        losses, gradients, sums = loss_and_gradients(read, batch, setup, state.step, backend, world, teacher_BLV)
         gradients = rounded_tree(gradients, setup.setting.weight_gradients, backend)
         params, tree, norm = update(
             state.params, gradients, state.optimizer, setup.optimizer, learning_rate, setup.setting, dialect_of(setup.config), backend
@@ -235,16 +252,29 @@ def train_step(
     return TrainState(state.step + 1, params, tree), StepMetrics(losses, weight, norm, layer_metrics(sums, world))
 
 
-def evaluate(params: ModelParams, batch: Batch, setup: Setup, step: int, backend: Backend, world: World = ONE) -> Evaluation:
-    """Return one batch's sums without dropout, with the capacity of evaluation. `step` is for dialects whose noise never stops."""
+def _evaluated(
+    params: ModelParams, batch: Batch, setup: Setup, step: int, backend: Backend, world: World
+) -> tuple[np.ndarray, StackOutputs, StackOutputs]:
+    """Return logits_BLV and both stacks' outputs without dropout, with the capacity of evaluation."""
     (B, M), (_, L) = batch.encoder_tokens_BM.shape, batch.targets_BL.shape
     statics = model_statics(setup.config, B, M, L, train=False, setting=setup.setting)
+    backend.begin()
+    read = rounded_tree(params, setup.setting.read, backend)
+    noise = draw_noise(setup.config, statics, Address(setup.seed, step, world.rank * B), (B, M, L), False, backend)
+    encoder, _, decoder, _ = hidden_forward(batch, read, noise, statics, backend, recompute=True)
+    return head_forward(decoder.out_BLD, read, statics, backend), encoder, decoder
+
+
+def logits_of(params: ModelParams, batch: Batch, setup: Setup, step: int, backend: Backend, world: World = ONE) -> np.ndarray:
+    """Return logits_BLV as an evaluation computes them, in memory of their own: what a teacher says."""
     with backend.running():
-        backend.begin()
-        read = rounded_tree(params, setup.setting.read, backend)
-        noise = draw_noise(setup.config, statics, Address(setup.seed, step, world.rank * B), (B, M, L), False, backend)
-        encoder, _, decoder, _ = hidden_forward(batch, read, noise, statics, backend, recompute=True)
-        logits_BLV = head_forward(decoder.out_BLD, read, statics, backend)
+        return np.array(_evaluated(params, batch, setup, step, backend, world)[0])
+
+
+def evaluate(params: ModelParams, batch: Batch, setup: Setup, step: int, backend: Backend, world: World = ONE) -> Evaluation:
+    """Return one batch's sums without dropout, with the capacity of evaluation. `step` is for dialects whose noise never stops."""
+    with backend.running():
+        logits_BLV, encoder, decoder = _evaluated(params, batch, setup, step, backend, world)
         cross_entropy, _ = backend.cross_entropy_forward(logits_BLV, batch.targets_BL, batch.weight_BL, 1.0, 0.0, 0.0)
         hit_BL = np.argmax(logits_BLV, axis=-1) == batch.targets_BL
         outputs = ModelOutputs(logits_BLV, Losses(cross_entropy, 0.0, 0.0, cross_entropy), encoder, decoder)

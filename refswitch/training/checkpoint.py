@@ -39,8 +39,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_checkpoint(folder: RunFolder, state: TrainState, setup: Setup, config_hash: str, corpus: str, keep: int) -> Path:
-    """Write a checkpoint, complete or absent, and give up the oldest beyond `keep` (0: none).
+def save_checkpoint(folder: RunFolder, state: TrainState, setup: Setup, config_hash: str, corpus: str) -> Path:
+    """Write a checkpoint, complete or absent.
 
     Raises
     ------
@@ -59,9 +59,15 @@ def save_checkpoint(folder: RunFolder, state: TrainState, setup: Setup, config_h
             (beside / RECORD).write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
     except safetensors.SafetensorError as error:
         raise InputError(f"{place}: cannot be written: {error}") from None
-    for step in folder.steps()[:-keep] if keep else []:
-        _remove(folder.checkpoint(step))
     return place
+
+
+def prune(folder: RunFolder, keep: int) -> None:
+    """Give up the oldest checkpoints beyond `keep` (0: none), but for the best."""
+    best = folder.best()
+    for step in folder.steps()[:-keep] if keep else []:
+        if best is None or step != best.step:
+            _remove(folder.checkpoint(step))
 
 
 def _remove(place: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
-from refswitch.data import DataConfig
+from refswitch.data import DataConfig, MixtureConfig
 from refswitch.errors import InputError
 from refswitch.model_config import ModelConfig, preset
 from refswitch.records import Tree, merge, nearest, nested, read_yaml, validate
@@ -52,6 +52,16 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Learning from a teacher beside the labels. Paper: 4.2; its code's lambda 0.25, temperature 1."""
+
+    teacher: str  # a run, or one of its checkpoints
+    soft_share: float  # lambda, the weight of the teacher's distribution
+    temperature: float
+    from_teacher: bool  # the student begins with the teacher's weights outside its sparse layers
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run."""
 
@@ -64,10 +74,14 @@ class TrainConfig:
     threads: int  # 0: as many as there are cores
     precision: str
     init: str  # the recipe of the first parameters
+    start: str  # a run, or one of its checkpoints, whose parameters are the first; empty: drawn by `init`
     model: ModelConfig
     data: DataConfig
+    tasks: MixtureConfig | None  # what is trained on instead of `data`, whose vocabulary it reads
+    best: Literal["loss", "exact_match", "f1", "rouge2"]  # by which the best checkpoint of tasks is chosen, on their validation files
     optimizer: OptimizerConfig
     loss: LossConfig
+    distill: DistillConfig | None
     microbatches: int
     recompute: bool
     checkpoint_every: int
@@ -91,30 +105,44 @@ def _check(config: TrainConfig) -> TrainConfig:
         raise InputError(f"optimizer.warm_up={optimizer.warm_up}: is too small for {optimizer.schedule}")
     if optimizer.schedule == "linear" and config.steps <= optimizer.warm_up:
         raise InputError(f"optimizer.warm_up={optimizer.warm_up}: should be below steps={config.steps} for schedule linear")
-    if config.data.batch % config.microbatches:
-        raise InputError(f"microbatches={config.microbatches}: should divide data.batch={config.data.batch}")
+    rows = config.data.batch if config.tasks is None else config.tasks.batch
+    if rows % config.microbatches:
+        raise InputError(f"microbatches={config.microbatches}: should divide {'data' if config.tasks is None else 'tasks'}.batch={rows}")
+    if config.distill is not None and not (0.0 <= config.distill.soft_share <= 1.0 and config.distill.temperature > 0.0):
+        raise InputError("distill: soft_share should be in [0, 1], and temperature positive")
     return config
 
 
-def _tree_of(given: str, seen: tuple[str, ...] = ()) -> tuple[Tree, str]:
+def read_file(given: str) -> Tree:
+    """Return what a configuration's file says, its own keys and `base`.
+
+    Raises
+    ------
+    InputError
+        Where it is no mapping, or of another format or version.
+    """
+    content = read_yaml(Path(given))
+    if not isinstance(content, dict):
+        raise InputError(f"{given}: should be a mapping such as `base: tiny`")
+    if content.get("format", FORMAT) != FORMAT or content.get("version", VERSION) != VERSION:
+        raise InputError(f"{given}: should be of format {FORMAT}, version {VERSION}, not {content.get('format')!r}, {content.get('version')!r}")
+    return {key: value for key, value in content.items() if key not in ("format", "version", "hash")}
+
+
+def tree_of(given: str, seen: tuple[str, ...] = ()) -> tuple[Tree, str]:
     """Return the tree of a preset or a file, and the name of a run of it."""
     from refswitch.training.presets import PRESETS
 
     if given in PRESETS:
         return dict(PRESETS[given]), given
-    path = Path(given)
-    if not path.is_file():
+    if not Path(given).is_file():
         raise InputError(f"there is no preset and no file {given!r}{nearest(given, PRESETS)}")
     if given in seen:
         raise InputError(f"{given}: is its own base")
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{given}: should be a mapping such as `base: tiny`")
-    if content.get("format", FORMAT) != FORMAT or content.get("version", VERSION) != VERSION:
-        raise InputError(f"{given}: should be of format {FORMAT}, version {VERSION}, not {content.get('format')!r}, {content.get('version')!r}")
-    own = {key: value for key, value in content.items() if key not in ("format", "version", "base", "hash")}
-    base, _ = _tree_of(str(content["base"]), (*seen, given)) if content.get("base") is not None else ({}, "")
-    return laid_over(base, own, given), path.stem
+    own = read_file(given)
+    base = own.pop("base", None)
+    tree, _ = tree_of(str(base), (*seen, given)) if base is not None else ({}, "")
+    return laid_over(tree, own, given), Path(given).stem
 
 
 def laid_over(tree: Tree, overrides: Mapping[str, Any], where: str) -> Tree:
@@ -143,6 +171,23 @@ def _parsed(assignments: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def config_of(tree: Tree, assignments: Iterable[str], where: str) -> TrainConfig:
+    """Return the configuration of a tree, with key=value words laid over it.
+
+    Raises
+    ------
+    InputError
+        As `load_config`.
+    """
+    tree = laid_over(tree, _parsed(assignments), "the command line")
+    if not tree.get("run_dir"):
+        tree["run_dir"] = f"runs/{tree['name']}"
+    for key in ("encoder_sparse", "decoder_sparse"):
+        if isinstance(tree.get("model"), dict) and isinstance(tree["model"].get(key), list):
+            tree["model"][key] = tuple(tree["model"][key])
+    return _check(validate(tree, TrainConfig, where))
+
+
 def load_config(given: str, assignments: Iterable[str] = ()) -> TrainConfig:
     """Return the configuration of a preset or a file, with key=value words laid over it.
 
@@ -151,15 +196,9 @@ def load_config(given: str, assignments: Iterable[str] = ()) -> TrainConfig:
     InputError
         For an unknown preset, file, key or value, naming the nearest known one, and for values that contradict each other.
     """
-    tree, name = _tree_of(given)
+    tree, name = tree_of(given)
     tree.setdefault("name", name)
-    tree = laid_over(tree, _parsed(assignments), "the command line")
-    if not tree.get("run_dir"):
-        tree["run_dir"] = f"runs/{tree['name']}"
-    for key in ("encoder_sparse", "decoder_sparse"):
-        if isinstance(tree.get("model"), dict) and isinstance(tree["model"].get(key), list):
-            tree["model"][key] = tuple(tree["model"][key])
-    return _check(validate(tree, TrainConfig, given))
+    return config_of(tree, assignments, given)
 
 
 def as_tree(config: TrainConfig) -> Tree:

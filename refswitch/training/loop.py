@@ -1,8 +1,9 @@
 # May import: standard library, numpy, refswitch.training (below), refswitch.engine, refswitch.backends, refswitch.data and what lies below.
 """A training run: batches by number, a step after the other, and on the way metrics, evaluations, checkpoints and pictures.
 
-Everything that decides a number is a function of (configuration, corpus, step), so a run that was killed at any moment goes on from its last
-checkpoint to the same bits. Spec: contract 5; the chapter on training.
+Everything that decides a number is a function of (configuration, what is read, step), so a run that was killed at any moment goes on from its last
+checkpoint to the same bits. Pre-training, fine-tuning and distillation are the same loop over other material, first parameters and objective.
+Spec: contract 5; the chapter on training.
 """
 
 from __future__ import annotations
@@ -15,23 +16,22 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from refswitch.backends.protocol import Backend
 from refswitch.backends.registry import backend as backend_of
-from refswitch.data import Corpus, Stream, open_corpus, open_stream, unigram_entropy
-from refswitch.engine.metrics import LayerMetrics
-from refswitch.engine.optimizer import Optimizer
-from refswitch.engine.step import NonFiniteError, Setup, StepMetrics, TrainState, check, evaluate, initial_state, train_step
+from refswitch.engine.step import NonFiniteError, Setup, StepMetrics, TrainState, check, initial_state, train_step
 from refswitch.errors import InputError
-from refswitch.model_config import ModelConfig
-from refswitch.model_init import initial_params
-from refswitch.precision import precision
+from refswitch.model_init import initial_params, student_from_teacher
 from refswitch.reference.schedule import constant, inverse_square_root, linear
 from refswitch.reference.transformer import Batch, ModelParams
-from refswitch.training.checkpoint import load_checkpoint, save_checkpoint
-from refswitch.training.config import OptimizerConfig, TrainConfig, as_tree, first_difference, hash_of, load_config, to_yaml
+from refswitch.training.board import open_board
+from refswitch.training.checkpoint import load_checkpoint, prune, save_checkpoint
+from refswitch.training.config import OptimizerConfig, TrainConfig, first_difference, hash_of, load_config, to_yaml
+from refswitch.training.material import Material, layer_entries, layer_names, tasks_material, text_material
 from refswitch.training.non_finite import first_operation, keep_batch
 from refswitch.training.pictures import draw
-from refswitch.training.run_folder import RunFolder, opened, read_metrics, rewind_metrics, write_whole
+from refswitch.training.run_folder import Best, RunFolder, opened, read_metrics, rewind_metrics, write_whole
+from refswitch.training.runs import LAYOUT, Teacher, open_teacher, params_of, setup_of
+from refswitch.tree import leaves
 
-LAYOUT = "data=1,expert=1,model=1"
+LOWER_IS_BETTER = ("loss",)
 
 
 class Facts(NamedTuple):
@@ -40,8 +40,8 @@ class Facts(NamedTuple):
     config: TrainConfig
     config_hash: str
     parameters: int
-    corpus: str  # the digest of its text
-    unigram_entropy: float  # nats per target token of the batches that evaluate
+    material: str  # the digest of what is read
+    unigram_entropy: float  # nats per target token of what evaluates
     start: int  # updates made before
     run_dir: Path
 
@@ -52,6 +52,7 @@ class Outcome(NamedTuple):
     step: int
     held_out_loss: float | None
     unigram_entropy: float
+    best: Best | None
     interrupted: bool
     page: Path
 
@@ -60,7 +61,7 @@ class Reporter(Protocol):
     """Who tells the user."""
 
     def reading(self, done: int, total: int) -> None:
-        """The corpus is being read: bytes done and in all."""
+        """The text is being read: bytes done and in all."""
 
     def started(self, facts: Facts) -> None:
         """The first step is about to begin."""
@@ -75,15 +76,15 @@ class Reporter(Protocol):
         """Whether the user asked for an end after this step."""
 
 
-def setup_of(config: TrainConfig) -> Setup:
-    """Return what the engine keeps from step to step."""
-    chosen = config.optimizer
-    optimizer = Optimizer(chosen.name, chosen.expert_rule, chosen.weight_decay, chosen.clip_norm)
-    loss = config.loss
-    return Setup(
-        config.model, precision(config.precision), optimizer, config.seed, loss.denominator, loss.label_smoothing, loss.logits_z_coef,
-        config.microbatches, config.recompute,
-    )  # fmt: skip
+class Run(NamedTuple):
+    """What a run works with."""
+
+    config: TrainConfig
+    setup: Setup
+    folder: RunFolder
+    material: Material
+    teacher: Teacher | None
+    backend: Backend
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, steps: int) -> float:
@@ -95,39 +96,33 @@ def learning_rate(step: int, optimizer: OptimizerConfig, steps: int) -> float:
     return constant(step, optimizer.rate, optimizer.warm_up)
 
 
-def check_model(config: TrainConfig, corpus: Corpus) -> None:
+def check_vocabulary(config: TrainConfig, material: Material) -> None:
     """Refuse a model that cannot hold the text's tokens."""
-    if config.model.vocabulary < corpus.vocabulary.size:
+    if config.model.vocabulary < material.vocabulary.size:
         raise InputError(
-            f"model.vocabulary={config.model.vocabulary}: data.vocabulary={config.data.vocabulary} has {corpus.vocabulary.size} ids; "
-            f"say model.vocabulary={-(-corpus.vocabulary.size // 128) * 128}"
+            f"model.vocabulary={config.model.vocabulary}: data.vocabulary={config.data.vocabulary} has {material.vocabulary.size} ids; "
+            f"say model.vocabulary={-(-material.vocabulary.size // 128) * 128}"
         )
 
 
-def layer_names(config: ModelConfig) -> list[str]:
-    """Return the names of the sparse layers in the order of a step's metrics."""
-    return [f"{stack}/{i}" for stack, sparse in (("encoder", config.encoder_sparse), ("decoder", config.decoder_sparse)) for i in sparse]
-
-
-def layer_entries(names: list[str], layers: tuple[LayerMetrics, ...]) -> list[dict[str, Any]]:
-    """Return the sparse layers' metrics as plain values."""
-    return [
-        {
-            "name": name,
-            "drop_rate": float(layer.dropped),
-            "gate": float(layer.gate),
-            "entropy": float(layer.entropy),
-            "load": [float(share) for share in layer.load_E],
-        }
-        for name, layer in zip(names, layers, strict=True)
-    ]
+def check_folder(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
+    """Refuse to begin where a run stands, or to go on under another configuration."""
+    if folder.config.is_file():
+        if not resume:
+            raise InputError(
+                f"run_dir {folder.root}: holds a run already (step {max(folder.steps(), default=0)}); "
+                "--resume goes on with it, run_dir=... begins another"
+            )
+        difference = first_difference(load_config(str(folder.config)), config)
+        if difference is not None:
+            raise InputError(f"run_dir {folder.root}: holds a run of another configuration: {difference}")
+    elif resume:
+        raise InputError(f"run_dir {folder.root}: holds no run to resume")
 
 
 def entry_of(step: int, rate: float, told: StepMetrics, names: list[str], batch: Batch, seconds: float) -> dict[str, Any]:
     """Return a step's line of metrics."""
     layers = layer_entries(names, told.layers)
-    tokens = int(batch.encoder_valid_BM.sum() + batch.decoder_valid_BL.sum())
-    balance = max((max(layer["load"]) * len(layer["load"]) for layer in layers), default=1.0)
     return {
         "step": step,
         "loss": float(told.losses.objective),
@@ -137,63 +132,30 @@ def entry_of(step: int, rate: float, told: StepMetrics, names: list[str], batch:
         "gradient_norm": float(told.gradient_norm),
         "learning_rate": rate,
         "target_tokens": int(told.target_weight),
-        "tokens": tokens,
+        "tokens": int(batch.encoder_valid_BM.sum() + batch.decoder_valid_BL.sum()),
         "drop_rate": sum(layer["drop_rate"] for layer in layers) / max(len(layers), 1),
-        "largest_load": balance,  # of all layers' experts; 1 where all have equally much
+        "largest_load": max((max(layer["load"]) * len(layer["load"]) for layer in layers), default=1.0),  # 1 where all experts have equally much
         "layers": layers,
         "seconds": seconds,
     }
 
 
-def held_out(params: ModelParams, batches: list[Batch], setup: Setup, step: int, backend: Backend) -> dict[str, Any]:
-    """Return the loss and accuracy on held-out batches, in nats per target token."""
-    sums = [evaluate(params, batch, setup, step, backend) for batch in batches]
-    weight = max(sum(each.weight for each in sums), 1.0)
-    loss = sum(each.cross_entropy for each in sums) / weight
-    return {
-        "loss": loss,
-        "accuracy": sum(each.correct for each in sums) / weight,
-        "target_tokens": int(weight),
-    }
-
-
-def check_folder(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
-    """Refuse to begin where a run stands, or to go on under another configuration."""
-    if folder.config.is_file():
-        before = load_config(str(folder.config))
-        difference = first_difference(before, config)
-        if not resume:
-            raise InputError(
-                f"run_dir {folder.root}: holds a run already (step {max(folder.steps(), default=0)}); "
-                "--resume goes on with it, run_dir=... begins another"
-            )
-        if difference is not None:
-            raise InputError(f"run_dir {folder.root}: holds a run of another configuration: {difference}")
-    elif resume:
-        raise InputError(f"run_dir {folder.root}: holds no run to resume")
-
-
-class Run(NamedTuple):
-    """What a run works with."""
-
-    config: TrainConfig
-    setup: Setup
-    folder: RunFolder
-    corpus: Corpus
-    stream: Stream
-    eval_batches: list[Batch]
-    backend: Backend
-    names: list[str]
+def first_params(config: TrainConfig) -> ModelParams:
+    """Return the parameters that a run begins with: drawn, those of another run, or a teacher's outside the sparse layers."""
+    if config.start:
+        return params_of(config.start, config.model)
+    drawn = initial_params(config.model, config.seed, config.init)
+    if config.distill is not None and config.distill.from_teacher:
+        return student_from_teacher(params_of(config.distill.teacher), drawn)
+    return drawn
 
 
 def first_state(run: Run, resume: bool) -> TrainState:
     """Return the state of the last checkpoint, or of a run that begins."""
     steps = run.folder.steps()
     if resume and steps:
-        place = run.folder.checkpoint(steps[-1])
-        return load_checkpoint(place, run.setup, hash_of(run.config), run.corpus.digest, run.backend)
-    params = initial_params(run.config.model, run.config.seed, run.config.init)
-    return initial_state(params, run.setup, run.backend)
+        return load_checkpoint(run.folder.checkpoint(steps[-1]), run.setup, hash_of(run.config), run.material.digest, run.backend)
+    return initial_state(first_params(run.config), run.setup, run.backend)
 
 
 def append(file: IO[str], entry: dict[str, Any]) -> None:
@@ -205,41 +167,52 @@ def append(file: IO[str], entry: dict[str, Any]) -> None:
         raise InputError(f"{file.name}: cannot be written: {error.strerror}") from None
 
 
-def stepped(run: Run, state: TrainState, batch: Batch, rate: float) -> tuple[TrainState, StepMetrics]:
-    """Make a step; where its loss is no number keep the batch and say where that began."""
-    try:
-        return train_step(state, batch, run.setup, rate, run.backend)
-    except NonFiniteError as error:
-        place = keep_batch(run.folder, state.step, batch)
-        operation = first_operation(state, batch, run.setup, run.backend)
-        save(run, state)
-        where = f", by {operation}" if operation else ""
-        raise InputError(f"{error}{where}; the batch is in {place}, the state before it in {run.folder.checkpoint(state.step)}") from None
-
-
 def save(run: Run, state: TrainState) -> Path:
     """Write a checkpoint if there is none of this step."""
     place = run.folder.checkpoint(state.step)
-    return place if place.exists() else save_checkpoint(run.folder, state, run.setup, hash_of(run.config), run.corpus.digest, run.config.keep)
+    return place if place.exists() else save_checkpoint(run.folder, state, run.setup, hash_of(run.config), run.material.digest)
 
 
-def steps_of(run: Run, state: TrainState, reporter: Reporter, write: Callable[[dict[str, Any]], None], seconds: float) -> tuple[TrainState, bool]:
-    """Make the steps that are left; return the last state and whether the user stopped before the end."""
-    config, begun = run.config, time.monotonic() - seconds
+def stepped(run: Run, state: TrainState, batch: Batch, rate: float) -> tuple[TrainState, StepMetrics]:
+    """Make a step; where its loss is no number keep the batch and say where that began."""
+    try:
+        teacher_BLV = run.teacher.logits(batch, state.step) if run.teacher is not None else None
+        return train_step(state, batch, run.setup, rate, run.backend, teacher_BLV=teacher_BLV)
+    except NonFiniteError as error:
+        place = keep_batch(run.folder, state.step, batch)
+        operation = first_operation(state, batch, run.setup, run.backend)
+        where = f", by {operation}" if operation else ""
+        raise InputError(f"{error}{where}; the batch is in {place}, the state before it in {save(run, state)}") from None
+
+
+def is_better(told: dict[str, Any], name: str, best: Best | None) -> bool:
+    """Whether an evaluation is the best so far."""
+    return best is None or (told[name] < best.value if name in LOWER_IS_BETTER else told[name] > best.value)
+
+
+def steps_of(
+    run: Run, state: TrainState, reporter: Reporter, write: Callable[[dict[str, Any]], None], seconds: float
+) -> tuple[TrainState, Best | None, bool]:
+    """Make the steps that are left; return the last state, the best checkpoint, and whether the user stopped before the end."""
+    config, begun, names, best = run.config, time.monotonic() - seconds, layer_names(run.config.model), run.folder.best()
     while state.step < config.steps:
-        batch, rate = run.stream.batch(state.step), learning_rate(state.step, config.optimizer, config.steps)
+        batch, rate = run.material.batch(state.step), learning_rate(state.step, config.optimizer, config.steps)
         state, told = stepped(run, state, batch, rate)
-        entry = entry_of(state.step, rate, told, run.names, batch, time.monotonic() - begun)
-        stop = reporter.wants_to_stop()
-        if state.step % config.eval_every == 0 or state.step == config.steps:
-            entry["eval"] = held_out(state.params, run.eval_batches, run.setup, state.step, run.backend)
+        entry = entry_of(state.step, rate, told, names, batch, time.monotonic() - begun)
+        stop, is_last, improved = reporter.wants_to_stop(), state.step == config.steps, False
+        if state.step % config.eval_every == 0 or is_last:
+            entry["eval"] = run.material.measure(state.params, state.step)
+            improved = is_better(entry["eval"], config.best, best)
         write(entry)
         reporter.stepped(entry)
-        if state.step % config.checkpoint_every == 0 or state.step == config.steps or stop:
+        if state.step % config.checkpoint_every == 0 or is_last or stop or improved:
             reporter.saved(save(run, state))
-        if stop and state.step < config.steps:
-            return state, True
-    return state, False
+        if improved:
+            best = run.folder.keep_best(Best(state.step, config.best, entry["eval"][config.best]))
+        prune(run.folder, config.keep)
+        if stop and not is_last:
+            return state, best, True
+    return state, best, False
 
 
 def train(config: TrainConfig, reporter: Reporter, resume: bool = False) -> Outcome:
@@ -248,7 +221,7 @@ def train(config: TrainConfig, reporter: Reporter, resume: bool = False) -> Outc
     Raises
     ------
     InputError
-        In one line, whatever is wrong with configuration, corpus, folder or checkpoint; also where the loss is no number. Nothing is lost.
+        In one line, whatever is wrong with configuration, text, folder or checkpoint; also where the loss is no number. Nothing is lost.
     """
     if config.layout != LAYOUT:
         raise InputError(f"layout={config.layout}: one process trains as {LAYOUT}")
@@ -256,42 +229,43 @@ def train(config: TrainConfig, reporter: Reporter, resume: bool = False) -> Outc
     check(setup, backend)
     with opened(Path(config.run_dir)) as folder:
         check_folder(folder, config, resume)
-        corpus = open_corpus(config.data, folder.root / "tokens", reporter.reading)
-        check_model(config, corpus)
-        stream, evaluating = (open_stream(corpus, part, config.data, config.seed) for part in (corpus.train, corpus.held_out))
-        eval_batches = [evaluating.batch(n) for n in range(config.eval_batches)]
-        entropy = unigram_entropy(eval_batches)
-        run = Run(config, setup, folder, corpus, stream, eval_batches, backend, layer_names(config.model))
+        if config.tasks is None:
+            material = text_material(config, setup, folder.root, backend, reporter.reading, config.eval_batches)
+        else:
+            material = tasks_material(config, setup, backend, config.eval_batches)
+        check_vocabulary(config, material)
+        run = Run(config, setup, folder, material, open_teacher(config), backend)
         state = first_state(run, resume)
         write_whole(folder.config, to_yaml(config))  # nothing was wrong: only now does the folder hold a run
         entries = rewind_metrics(folder.metrics, state.step)
-        facts = Facts(config, hash_of(config), parameters_of(state.params), corpus.digest, entropy, state.step, folder.root)
+        parameters = sum(leaf.size for leaf in leaves(state.params).values())
+        facts = Facts(config, hash_of(config), parameters, material.digest, material.unigram_entropy, state.step, folder.root)
         reporter.started(facts)
         with folder.metrics.open("a", encoding="utf-8") as file:
-            state, interrupted = steps_of(run, state, reporter, lambda entry: append(file, entry), entries[-1]["seconds"] if entries else 0.0)
-        return finish(run, facts, state, interrupted)
+            seconds, board = entries[-1]["seconds"] if entries else 0.0, open_board(folder.root, state.step) if config.tensorboard else None
+
+            def write(entry: dict[str, Any]) -> None:
+                append(file, entry)
+                if board is not None:
+                    board(entry)
+
+            state, best, interrupted = steps_of(run, state, reporter, write, seconds)
+        return finish(run, facts, state, best, interrupted)
 
 
-def parameters_of(params: ModelParams) -> int:
-    """Return how many numbers the model has."""
-    from refswitch.tree import leaves
-
-    return sum(leaf.size for leaf in leaves(params).values())
-
-
-def finish(run: Run, facts: Facts, state: TrainState, interrupted: bool) -> Outcome:
+def finish(run: Run, facts: Facts, state: TrainState, best: Best | None, interrupted: bool) -> Outcome:
     """Draw the pictures and say how the run ended."""
-    entries = read_metrics(run.folder.metrics, state.step)
+    entries, config = read_metrics(run.folder.metrics, state.step), run.config
     loss = next((entry["eval"]["loss"] for entry in reversed(entries) if "eval" in entry), None)
-    tree = as_tree(run.config)
     rows = [
-        ("step", f"{state.step} of {run.config.steps}"),
+        ("step", f"{state.step} of {config.steps}"),
         ("held-out loss", f"{loss:.4f} nats per target token" if loss is not None else "not evaluated yet"),
         ("unigram entropy of the held-out targets", f"{facts.unigram_entropy:.4f} nats per target token"),
+        ("best checkpoint", f"step {best.step}, {best.metric} {best.value:.4f}" if best is not None else "none yet"),
         ("parameters", f"{facts.parameters:,}"),
-        ("model", f"{run.config.model.name}, {run.config.model.experts} experts, dialect {run.config.model.dialect}"),
-        ("corpus", facts.corpus),
-        ("configuration", f"{facts.config_hash}; backend {tree['backend']}, precision {tree['precision']}, seed {tree['seed']}"),
+        ("model", f"{config.model.name}, {config.model.experts} experts, dialect {config.model.dialect}"),
+        ("text", facts.material),
+        ("configuration", f"{facts.config_hash}; backend {config.backend}, precision {config.precision}, seed {config.seed}"),
     ]
-    pages = draw(run.folder, entries, f"Run {run.config.name}", rows, facts.unigram_entropy)
-    return Outcome(state.step, loss, facts.unigram_entropy, interrupted, pages[-1])
+    pages = draw(run.folder, entries, f"Run {config.name}", rows, facts.unigram_entropy)
+    return Outcome(state.step, loss, facts.unigram_entropy, best, interrupted, pages[-1])

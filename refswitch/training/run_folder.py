@@ -1,9 +1,10 @@
-# May import: standard library, yaml, refswitch.errors.
+# May import: standard library, yaml, refswitch.records, refswitch.errors.
 """The folder of one training run: who may write to it, what lies in it, and what a killed run left behind. Spec: contract 5.
 
 config.yaml          the resolved configuration
 metrics.jsonl        a line per step
 checkpoints/step-N/  complete or absent
+best.yaml            which of them is the best, and by what
 plots/               pictures and a page
 """
 
@@ -19,11 +20,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refswitch.errors import InputError
+import yaml
 
-CONFIG, METRICS, CHECKPOINTS, PLOTS, LOCK = "config.yaml", "metrics.jsonl", "checkpoints", "plots", ".lock"
+from refswitch.errors import InputError
+from refswitch.records import read_yaml
+
+CONFIG, METRICS, CHECKPOINTS, PLOTS, BEST, LOCK = "config.yaml", "metrics.jsonl", "checkpoints", "plots", "best.yaml", ".lock"
 COMPLETE = re.compile(r"step-(\d+)")
 CUT_SHORT = re.compile(r"\.step-\d+\.\d+")  # what a process that was killed while it wrote has left
+
+
+class Best(NamedTuple):
+    """The checkpoint that evaluated best."""
+
+    step: int
+    metric: str
+    value: float
 
 
 class RunFolder(NamedTuple):
@@ -60,6 +72,27 @@ class RunFolder(NamedTuple):
         if not self.checkpoints.is_dir():
             return []
         return sorted(int(found[1]) for path in self.checkpoints.iterdir() if (found := COMPLETE.fullmatch(path.name)))
+
+    def best(self) -> Best | None:
+        """Return the best checkpoint, if it is still there.
+
+        Raises
+        ------
+        InputError
+            Where the record is not what a run writes.
+        """
+        if not (self.root / BEST).is_file():
+            return None
+        try:
+            found = Best(**read_yaml(self.root / BEST))
+            return found if self.checkpoint(int(found.step)).is_dir() else None
+        except (TypeError, ValueError):
+            raise InputError(f"{self.root / BEST}: names no checkpoint; remove it") from None
+
+    def keep_best(self, best: Best) -> Best:
+        """Write down the best checkpoint and return it."""
+        write_whole(self.root / BEST, yaml.safe_dump(best._asdict(), sort_keys=False))
+        return best
 
 
 @contextmanager

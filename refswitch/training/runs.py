@@ -1,27 +1,32 @@
 # May import: standard library, numpy, refswitch.training (below), refswitch.engine, refswitch.checkpoints, refswitch.data and what lies below.
-"""A run that was trained, opened again: its configuration, a checkpoint's parameters, its held-out text; evaluation and answers."""
+"""A run that was trained, opened again: its configuration and a checkpoint's parameters; as a teacher, or to answer prompts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from refswitch.backends.protocol import Backend
 from refswitch.backends.registry import backend as backend_of
+from refswitch.checkpoints.models import read_model
 from refswitch.checkpoints.own import read_own
-from refswitch.data import Vocabulary, open_corpus, open_stream, open_vocabulary, unigram_entropy
+from refswitch.data import Vocabulary, open_corpus, open_stream, open_vocabulary
 from refswitch.engine.decoding import Picking, generate
-from refswitch.engine.step import Setup, check, evaluate, initial_state
+from refswitch.engine.optimizer import Optimizer
+from refswitch.engine.step import Setup, check, initial_state, logits_of
 from refswitch.errors import InputError
-from refswitch.reference.transformer import ModelParams
+from refswitch.model_config import ModelConfig
+from refswitch.precision import precision
+from refswitch.reference.transformer import Batch, ModelParams
 from refswitch.training.config import TrainConfig, load_config
-from refswitch.training.loop import layer_entries, layer_names, setup_of
+from refswitch.training.material import TOKENS, Material, tasks_material, text_material
 from refswitch.training.run_folder import COMPLETE, CONFIG, RunFolder
 
+LAYOUT = "data=1,expert=1,model=1"
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 
@@ -36,6 +41,18 @@ class OpenRun(NamedTuple):
     backend: Backend
 
 
+class Teacher(NamedTuple):
+    """A model whose distribution is learnt from."""
+
+    setup: Setup
+    params: ModelParams
+    backend: Backend  # its own, whose buffers the student's step does not reuse
+
+    def logits(self, batch: Batch, step: int) -> np.ndarray:
+        """Return its logits_BLV, without dropout and with the capacity of evaluation."""
+        return logits_of(self.params, batch, self.setup, step, self.backend)
+
+
 class Answer(NamedTuple):
     """What a model made of a prompt."""
 
@@ -44,8 +61,26 @@ class Answer(NamedTuple):
     filled: str  # the prompt with the answer's spans in the places of its sentinels
 
 
-def open_run(given: str, step: int | None = None) -> OpenRun:
-    """Return a run by its folder, or by the folder of one of its checkpoints; the last one if none is named.
+def setup_of(config: TrainConfig) -> Setup:
+    """Return what the engine keeps from step to step."""
+    chosen, loss, distill = config.optimizer, config.loss, config.distill
+    return Setup(
+        config=config.model,
+        setting=precision(config.precision),
+        optimizer=Optimizer(chosen.name, chosen.expert_rule, chosen.weight_decay, chosen.clip_norm),
+        seed=config.seed,
+        loss_denominator=loss.denominator,
+        label_smoothing=loss.label_smoothing,
+        logits_z_coef=loss.logits_z_coef,
+        microbatches=config.microbatches,
+        recompute=config.recompute,
+        soft_share=distill.soft_share if distill is not None else 0.0,
+        temperature=distill.temperature if distill is not None else 1.0,
+    )
+
+
+def place_of(given: str, step: int | None = None) -> tuple[RunFolder, int]:
+    """Return a run's folder and a step of which it has a checkpoint: the named one, else the best, else the last.
 
     Raises
     ------
@@ -58,43 +93,75 @@ def open_run(given: str, step: int | None = None) -> OpenRun:
     if not (path / CONFIG).is_file():
         raise InputError(f"{given}: is no run's folder; `refswitch train tiny` makes one, runs/tiny")
     folder = RunFolder(path)
-    steps = folder.steps()
+    steps, best = folder.steps(), folder.best()
     if not steps:
         raise InputError(f"{given}: has no checkpoint yet")
     if step is not None and step not in steps:
         raise InputError(f"{given}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    step = steps[-1] if step is None else step
+    return folder, step if step is not None else best.step if best is not None else steps[-1]
+
+
+def open_run(given: str, step: int | None = None) -> OpenRun:
+    """Return a run by its folder, or by the folder of one of its checkpoints; the best one if none is named.
+
+    Raises
+    ------
+    InputError
+        As `place_of`, and where the checkpoint is damaged or of another architecture.
+    """
+    folder, step = place_of(given, step)
     config = load_config(str(folder.config))
     setup, backend = setup_of(config), backend_of(config.backend)
     check(setup, backend)
-    model, params = read_own(folder.checkpoint(step))
-    if model != config.model:
-        raise InputError(f"{folder.checkpoint(step)}: holds another architecture ({model.name}) than {folder.config}")
+    params = params_of(str(folder.checkpoint(step)), config.model)
     return OpenRun(config, setup, folder, step, initial_state(params, setup, backend).params, backend)
 
 
-def evaluate_run(run: OpenRun, batches: int) -> dict[str, Any]:
-    """Return what a checkpoint achieves on held-out text: loss and accuracy per target token, the unigram entropy, and every sparse layer."""
-    corpus = open_corpus(run.config.data, run.folder.root / "tokens")
-    stream = open_stream(corpus, corpus.held_out, run.config.data, run.config.seed)
-    drawn = [stream.batch(n) for n in range(batches)]
-    found = [evaluate(run.params, batch, run.setup, run.step, run.backend) for batch in drawn]
-    weight = max(sum(each.weight for each in found), 1.0)
-    names = layer_names(run.config.model)
-    layers = [layer_entries(names, each.layers) for each in found]
-    return {
-        "step": run.step,
-        "loss": sum(each.cross_entropy for each in found) / weight,
-        "accuracy": sum(each.correct for each in found) / weight,
-        "target_tokens": int(weight),
-        "unigram_entropy": unigram_entropy(drawn),
-        "corpus": corpus.digest,
-        "layers": [
-            {"name": name, **{field: float(np.mean([each[i][field] for each in layers])) for field in ("drop_rate", "gate", "entropy")},
-             "load": np.mean([each[i]["load"] for each in layers], axis=0).tolist()}
-            for i, name in enumerate(names)
-        ],
-    }  # fmt: skip
+def params_of(given: str, expected: ModelConfig | None = None) -> ModelParams:
+    """Return the parameters of a run, of one of its checkpoints, or of a model's folder.
+
+    Raises
+    ------
+    InputError
+        Where there are none, or the architecture is not the expected one.
+    """
+    if (Path(given) / "checkpoints").is_dir() or COMPLETE.fullmatch(Path(given).name):
+        folder, step = place_of(given)
+        model, params = read_own(folder.checkpoint(step))
+    else:
+        model, params = read_model(given)
+    if expected is not None and not same_architecture(model, expected):
+        raise InputError(f"{given}: holds another architecture ({model.name}) than the configuration's model ({expected.name})")
+    return params
+
+
+def same_architecture(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two models have the same parameters: everything but their names, dropout and dialect is equal."""
+    own = {"name", "dropout", "expert_dropout", "dialect"}
+    return all(getattr(one, field) == getattr(other, field) for field in ModelConfig.__dataclass_fields__ if field not in own)
+
+
+def open_teacher(config: TrainConfig) -> Teacher | None:
+    """Return the teacher that a configuration names, or None.
+
+    Raises
+    ------
+    InputError
+        Where there is no such run, or its vocabulary is another.
+    """
+    if config.distill is None:
+        return None
+    run = open_run(config.distill.teacher)
+    if run.config.model.vocabulary != config.model.vocabulary or run.config.data.vocabulary != config.data.vocabulary:
+        raise InputError(f"distill.teacher={config.distill.teacher}: reads another vocabulary than the student")
+    return Teacher(run.setup, run.params, run.backend)
+
+
+def material_of(run: OpenRun, batches: int) -> Material:
+    """Return what measures a run, with so many batches."""
+    if run.config.tasks is not None:
+        return tasks_material(run.config, run.setup, run.backend, batches)
+    return text_material(run.config, run.setup, run.folder.root, run.backend, lambda _done, _total: None, batches)
 
 
 def prompt_ids(prompt: str, vocabulary: Vocabulary) -> np.ndarray:
@@ -126,7 +193,7 @@ def filled_in(prompt: str, answer: str) -> str:
 
 def held_out_prompts(run: OpenRun, count: int) -> list[str]:
     """Return inputs of the held-out text as the model was trained to read them."""
-    corpus = open_corpus(run.config.data, run.folder.root / "tokens")
+    corpus = open_corpus(run.config.data, run.folder.root / TOKENS)
     batch = open_stream(corpus, corpus.held_out, run.config.data, run.config.seed).batch(0)
     return [corpus.vocabulary.decode(row) for row in batch.encoder_tokens_BM[:count]]
 
@@ -144,6 +211,8 @@ def answers(run: OpenRun, prompts: list[str], length: int, picking: Picking, see
         ids_M = prompt_ids(prompt, vocabulary)
         valid_BM = np.ones((1, len(ids_M)), bool)
         setup = run.setup._replace(seed=seed + number)
-        tokens = generate(ids_M[None], valid_BM, run.params, setup, run.backend, length, vocabulary.pad, vocabulary.eos, vocabulary.pad, picking)
+        tokens = generate(
+            ids_M[None], valid_BM, run.params, setup, run.backend, length, vocabulary.pad, vocabulary.eos, vocabulary.pad, picking
+        )  # fmt: skip
         answer = vocabulary.decode([int(token_B[0]) for token_B in tokens])
         yield Answer(prompt, answer, filled_in(prompt, answer))
