@@ -116,21 +116,32 @@ def squared_norm(grad: np.ndarray) -> float:
 
 
 @kernel
-def scale_chunk(x: np.ndarray, factor: np.float32) -> None:
-    """Scale a chunk in place."""
+def times_chunk(out: np.ndarray, x: np.ndarray, factor: np.float32, narrow: bool) -> None:
+    """Write a chunk of x * factor; out may be x."""
     for i in range(x.size):
-        x[i] *= factor
+        out[i] = x[i] * factor
+    if narrow:
+        round_row(out, out)
 
 
 @parallel_kernel
-def scaled_by_kernel(x: np.ndarray, factor: np.float32, chunk: int) -> None:
-    """Scale values in place. Task i owns x[i chunk : (i + 1) chunk]; 8 bytes moved per value; no value depends on another."""
+def times_kernel(out: np.ndarray, x: np.ndarray, factor: np.float32, chunk: int, narrow: bool) -> None:
+    """Scale values. Task i owns out[i chunk : (i + 1) chunk]; 8 bytes moved per value; no value depends on another."""
     for i in prange(chunks(x.size, chunk)):
-        scale_chunk(x[i * chunk : min((i + 1) * chunk, x.size)], factor)
+        part = slice(i * chunk, min((i + 1) * chunk, x.size))
+        times_chunk(out[part], x[part], factor, narrow)
+
+
+def times(x: np.ndarray, factor: float, format: Format, workspace: Workspace) -> np.ndarray:
+    """Return round(x * factor) for one factor."""
+    (x,) = checked("times", x=x)
+    out = workspace.take(x.shape)
+    times_kernel(out.reshape(-1), x.reshape(-1), np.float32(factor), CHUNK, is_narrow(format))
+    return out
 
 
 def scaled_by(grad: np.ndarray, factor: float) -> np.ndarray:
     """Return grad * factor, written over grad."""
     (grad,) = checked("scaled_by", grad=grad)
-    scaled_by_kernel(grad.reshape(-1), np.float32(factor), CHUNK)
+    times_kernel(grad.reshape(-1), grad.reshape(-1), np.float32(factor), CHUNK, False)
     return grad

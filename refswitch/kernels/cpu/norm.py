@@ -47,7 +47,8 @@ def dnorm_rows(
 ) -> None:
     """Undo the norm of some rows; dscale is these rows' part."""
     T, D = x_TD.shape
-    dscale_D[:] = np.float32(0.0)
+    for d in range(D):
+        dscale_D[d] = np.float32(0.0)
     dnormed_D = np.empty(D, np.float32)
     for t in range(T):
         inverse = inverse_T[t]

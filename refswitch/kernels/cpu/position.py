@@ -27,7 +27,8 @@ def spread_buckets(bias_LM: np.ndarray, table_U: np.ndarray, bucket_LM: np.ndarr
 def collect_buckets(dtable_U: np.ndarray, dbias_LM: np.ndarray, bucket_LM: np.ndarray) -> None:
     """Sum one head's pairs by bucket, in order, in float64."""
     L, M = bucket_LM.shape
-    dtable_U[:] = 0.0
+    for u in range(dtable_U.size):
+        dtable_U[u] = 0.0
     for i in range(L):
         for j in range(M):
             dtable_U[bucket_LM[i, j]] += np.float64(dbias_LM[i, j])
