@@ -10,7 +10,6 @@ import ast
 import hashlib
 import inspect
 import sys
-from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -23,14 +22,17 @@ from .mutate import MODULE, parts_of
 REFERENCE = data_root() / "refswitch" / "reference"
 
 
+EXAMPLES = {"implementation": 4, "operations": 15}  # drawn after those that a property always tries; the suite draws 15
+
+
 @cache
-def few_examples() -> Any:
-    """Return how many examples are drawn after those that a property always tries: few, and the same in every run."""
+def settings_of(subject: str) -> Any:
+    """Return how a property of a subject is run: the same examples in every run, and nothing said of them."""
     from hypothesis import HealthCheck, Phase, Verbosity, settings
 
     return settings(
-        max_examples=4, stateful_step_count=6, derandomize=True, deadline=None, database=None, print_blob=False, report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate), verbosity=Verbosity.quiet,
+        max_examples=EXAMPLES[subject], stateful_step_count=6, derandomize=True, deadline=None, database=None, print_blob=False,
+        report_multiple_bugs=False, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate), verbosity=Verbosity.quiet,
     )  # fmt: skip
 
 
@@ -44,8 +46,8 @@ class Property(NamedTuple):
     subject: Any
 
     def run(self) -> None:
-        """Run it on few examples; it raises where it does not hold."""
-        self.entry.run(self.subject.fresh(), few_examples())
+        """Run it; it raises where it does not hold."""
+        self.entry.run(self.subject.fresh(), settings_of(self.entry.subject))
 
 
 def files() -> list[Path]:
@@ -104,13 +106,4 @@ def collect() -> list[Property]:
         for subject in subjects[entry.subject]:
             if not entry.unsupported(subject):
                 found.append(Property(f"{entry.name}[{subject.label}]", frozenset(entry.clauses), digest, entry, subject))
-    return found
-
-
-def by_clause(properties: Iterable[Property]) -> dict[str, list[Property]]:
-    """Return the properties of each clause."""
-    found = defaultdict(list)
-    for held in properties:
-        for clause in held.clauses:
-            found[clause].append(held)
     return found
