@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
-from refswitch.data import DataConfig, MixtureConfig
+from refswitch.data import DataConfig, MixtureConfig, TaskConfig
 from refswitch.errors import InputError
 from refswitch.model_config import ModelConfig, preset
 from refswitch.records import Tree, merge, nearest, nested, read_yaml, validate
@@ -185,6 +185,9 @@ def config_of(tree: Tree, assignments: Iterable[str], where: str) -> TrainConfig
     for key in ("encoder_sparse", "decoder_sparse"):
         if isinstance(tree.get("model"), dict) and isinstance(tree["model"].get(key), list):
             tree["model"][key] = tuple(tree["model"][key])
+    tasks = tree.get("tasks")
+    for number, task in enumerate(tasks["tasks"] if isinstance(tasks, dict) and isinstance(tasks.get("tasks"), list) else ()):
+        merge({}, task if isinstance(task, dict) else {}, TaskConfig, f"tasks.tasks.{number}.", where, "key")  # a list's own keys
     return _check(validate(tree, TrainConfig, where))
 
 

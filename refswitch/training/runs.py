@@ -186,7 +186,7 @@ def prompt_ids(prompt: str, vocabulary: Vocabulary) -> np.ndarray:
 def filled_in(prompt: str, answer: str) -> str:
     """Return the prompt with each sentinel replaced by what follows it in the answer; one that the answer leaves out stays."""
     marks = list(SENTINEL.finditer(answer))
-    ends = [mark.start() for mark in marks[1:]] + [len(answer)]
+    ends = [mark.start() for mark in marks[1:]] + [len(answer)] * bool(marks)
     spans = {mark[0]: answer[mark.end() : end] for mark, end in zip(marks, ends, strict=True)}
     return SENTINEL.sub(lambda mark: spans.get(mark[0], mark[0]), prompt)
 
