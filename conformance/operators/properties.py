@@ -10,7 +10,6 @@ import ast
 import hashlib
 import inspect
 import sys
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -15,7 +15,6 @@ from properties.harness import clause, draws, needs
 from properties.operations import Operations
 from properties.refusals import refusal
 
-
 TINY = 2.0**-50  # its square is near Adafactor's epsilon
 
 
