@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="TARGET",
         help="what spec/properties tests: reference, cpu, either with ::NAME, FILE.py or FILE.py::NAME (imported into this process)",
     )
-    group.addoption("--all-mutants", action="store_true", help="let spec/properties kill every mutant, not a sample of each clause")
+    group.addoption("--all-variants", action="store_true", help="hold every correct variant to spec/properties, not a sample (half an hour)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out the properties of operations where none are under test; and of what is no property where it is not the reference that is."""
     subjects = {"implementation"} | ({"operations"} if _operations(config) else set())
     unasked = {item for item in items if not subjects & set(getattr(item, "fixturenames", ()))}
-    if config.getoption("--refswitch") == "reference" or config.getoption("--all-mutants"):
+    if config.getoption("--refswitch") == "reference" or config.getoption("--all-variants"):
         unasked = {item for item in unasked if "operations" in getattr(item, "fixturenames", ())}
     config.hook.pytest_deselected(items=list(unasked))
     items[:] = [item for item in items if item not in unasked]

@@ -5,7 +5,7 @@
     pytest spec --refswitch reference::bfloat16       one of them
     pytest spec --refswitch my_adapter.py::label      an adapter file (spec/adapter.md), imported into this process
     pytest spec --hypothesis-profile long             more examples, drawn anew in each run
-    pytest spec --all-mutants                         every mutant and every correct variant, not a sample
+    pytest spec --all-variants                        every correct variant of conformance/mutants as the control, not a sample
 
 A property is a relation between calls, or a value known beforehand; where a comparison is not exact its radius comes from the declared
 profile, by the judge's own tubes.

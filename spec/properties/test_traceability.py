@@ -1,7 +1,7 @@
 # May import: standard library, pytest, refswitch, its own folder, the mutants of conformance.
 """From each clause to its properties, and from each mutant to the property that notices it: no clause without a test, no test without teeth.
 
-A sample of each clause's mutants is let loose on the clause's properties; `--all-mutants` takes all of them, and all correct variants as the control.
+Every mutant is let loose on its clause's properties. The control is correct layers, on all properties: a few, or with `--all-variants` all of them.
 """
 
 from __future__ import annotations
@@ -15,29 +15,16 @@ from properties.implementation import Implementation, variant_implementation
 from properties.killing import kills, mutants, named_by, operation_kills, properties_by_clause, recorded, sample, variants
 from properties.operation_mutants import OperationMutant, operation_mutants
 from properties.strategies import recipes
-from refswitch.spec_data import every_clause, load_clauses, load_operations
+from refswitch.spec_data import every_clause, load_operations
 from refswitch.verify.cases import Recipe
 
-OF_EACH_CLAUSE = 2  # mutants in the sample
 CONTROLS = 3  # correct variants in the sample
 
 
-def chosen_mutants(is_everything: bool) -> list[Any]:
-    """Return the mutants to be noticed: all, or some of each clause."""
-    if is_everything:
-        return mutants()
-    wanted = {
-        mutant.name for name in load_clauses() for mutant in sample([mutant for mutant in mutants() if name in named_by(mutant.name)], OF_EACH_CLAUSE)
-    }
-    return [mutant for mutant in mutants() if mutant.name in wanted]
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Draw the mutants and the controls."""
-    is_everything = metafunc.config.getoption("--all-mutants", default=False)
-    if "mutant" in metafunc.fixturenames:
-        metafunc.parametrize("mutant", chosen_mutants(is_everything), ids=lambda mutant: mutant.name)
+    """Draw the controls."""
     if "variant" in metafunc.fixturenames:
+        is_everything = metafunc.config.getoption("--all-variants", default=False)
         metafunc.parametrize("variant", variants() if is_everything else sample(variants(), CONTROLS), ids=lambda variant: variant.name)
 
 
@@ -60,6 +47,7 @@ def test_properties__name_their_function() -> None:
     assert not [name for name, entry in PROPERTIES.items() if not entry.clauses]
 
 
+@pytest.mark.parametrize("mutant", mutants(), ids=lambda mutant: mutant.name)
 def test_mutant__is_noticed(mutant: Any) -> None:
     """One of the properties of the clause that a mutant breaks fails on it.
 
