@@ -20,7 +20,7 @@ from refswitch.data.spans import Ragged
 from refswitch.errors import InputError
 from refswitch.reference.transformer import Batch
 
-SCAN = 1 << 14  # examples whose lengths are looked at together; more than a row can hold
+SCAN = 1 << 8, 1 << 14  # examples whose lengths are looked at together: at first, and at most
 
 
 class Stream:
@@ -43,7 +43,7 @@ class Stream:
     def scan(self) -> None:
         """Look at more examples' lengths and note where rows begin. The last row is left open: an example that follows may fit into it."""
         begin = self.first[-1]
-        count = max(SCAN, self.inputs_length + self.targets_length)
+        count = max(min(max(len(self.first), SCAN[0]), SCAN[1]), self.inputs_length + self.targets_length)  # more than a row can hold
         inputs, targets = self.examples.lengths(np.arange(begin, begin + count))
         ends = np.cumsum(inputs), np.cumsum(targets)
         i = 0
