@@ -22,7 +22,7 @@ import pytest
 from .mutate import Mutant, apply
 from .properties import Property
 
-SECONDS = 60.0  # for one property: the slowest takes a few
+SECONDS = 20.0  # of the processor's time for one property: the slowest takes a few, and a busy machine takes none of it
 MEMORY = 8 << 30  # bytes: a mutant that asks for more is noticed by the error
 
 
@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
 def _work(mutant: Mutant | None, properties: list[Property], pipe: Connection) -> None:
     """Run the properties in the child; the pipe gets the number of each before it starts, and how it failed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # nothing can catch it
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # nothing can catch it
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -48,7 +48,7 @@ def _work(mutant: Mutant | None, properties: list[Property], pipe: Connection) -
         apply(mutant)
     for index, held in enumerate(properties):
         pipe.send(index)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         how = outcome_of(held.run)
         if how:
             pipe.send(how)
@@ -87,9 +87,9 @@ class _Child:
         """Take what the child has sent; return the verdict when it is there."""
         try:
             message = self.pipe.recv()
-        except EOFError:  # ended by the alarm, or by a crash of the interpreter
+        except EOFError:  # ended by the timer, or by a crash of the interpreter
             self.process.join()
-            message = "hangs" if self.process.exitcode == -signal.SIGALRM else f"exit status {self.process.exitcode}"
+            message = "hangs" if self.process.exitcode == -signal.SIGPROF else f"exit status {self.process.exitcode}"
         if isinstance(message, int):
             self.index = message
             return None
