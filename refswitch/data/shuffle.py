@@ -3,8 +3,8 @@
 
 A Feistel network on the bits of a position is a permutation of 2**bits positions for any round function; its round function is a word of Philox. A
 result beyond the last position is fed in again until one falls inside (its cycle leads back, so it does), which permutes exactly the positions that
-there are. An order of few is written down after all: sorting words costs less than a network, and makes all as likely, which eight rounds on a few bits
-do nearly. Exactness: class E, integers only.
+there are. An order of few is written down after all: to sort words costs less than a network, and makes all orders as likely, which eight rounds on
+a few bits do nearly. Exactness: class E, integers only.
 """
 
 from __future__ import annotations
