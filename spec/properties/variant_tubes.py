@@ -6,11 +6,13 @@ A tube says what any evaluation in float64 may return (refswitch/verify/tubes.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from refswitch.config import TRUTH
+from refswitch.proof.finite_difference import difference_ratio
 from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.switch import SwitchParams
 from refswitch.spec_data import load_dialect, load_profile, with_knob
@@ -87,3 +89,64 @@ def assert_within(got: Any, tube: Tube, name: str) -> None:
     assert np.shape(got) == np.shape(tube.value), f"{name} has shape {np.shape(got)}, should be {np.shape(tube.value)}"
     worst = np.max(tubes.ratio(got, tube), initial=0.0)
     assert worst <= 1.0, f"{name} is off by {worst:.3g} radii"
+
+
+def valid_mask(random: np.random.Generator, pads: str, G: int, S: int) -> np.ndarray:
+    """Draw which tokens are real."""
+    return {"none": np.ones((G, S), bool), "scattered": random.random((G, S)) < 0.75, "all": np.zeros((G, S), bool)}[pads]
+
+
+def arguments_of(x_GSD: np.ndarray, params: SwitchParams) -> dict[str, np.ndarray]:
+    """Return a layer's differentiable arguments, or their gradients, by name."""
+    experts = {name: value for name, value in params.experts._asdict().items() if value is not None}
+    if params.experts.w_gate_EDF is None:
+        del experts["b_gate_EF"]
+    return {"x_GSD": x_GSD, "w_router_DE": params.w_router_DE, "b_router_E": params.b_router_E, "b_shared_D": params.b_shared_D} | experts
+
+
+def layer_of(arguments: dict[str, np.ndarray], params: SwitchParams) -> tuple[np.ndarray, SwitchParams]:
+    """Return the tokens and the parameters of named arguments; what is not named is that of `params`."""
+    experts = params.experts._replace(**{name: value for name, value in arguments.items() if name in params.experts._fields})
+    rest = {name: value for name, value in arguments.items() if name in params._fields}
+    return arguments["x_GSD"], params._replace(experts=experts, **rest)
+
+
+def assert_gradients(
+    value: Callable[[dict[str, np.ndarray]], tuple[float, Any]],
+    arguments: dict[str, np.ndarray],
+    gradients: dict[str, np.ndarray],
+    noise: float,
+    random: np.random.Generator,
+) -> int:
+    """Assert that along a direction of each argument the gradient is the slope of a central difference, where no point lies on another piece.
+
+    `value` returns with its number what tells the pieces apart. Returns how many directions were compared.
+    """
+    assert set(gradients) == set(arguments)
+    compared = 0
+    for name, here in arguments.items():
+        assert np.shape(gradients[name]) == here.shape, name
+        direction = random.normal(size=here.shape)
+
+        def along(t: float, name: str = name, here: np.ndarray = here, direction: np.ndarray = direction) -> tuple[float, Any]:
+            return value({**arguments, name: here + t * direction})
+
+        found = difference_ratio(along, float(np.sum(gradients[name] * direction)), STEP, noise, np.array_equal)
+        assert found.ok or found.refused, f"the slope along {name} is off by {found.ratio:.3g} radii"
+        compared += found.ok
+    return compared
+
+
+def balance_tubes(probs_GSE: Tube, count_GE: np.ndarray, valid_GS: np.ndarray) -> Tube:
+    """Return the mean over groups of E sum_e f_e P_e, padding in neither and every denominator S."""
+    G, S, E = probs_GSE.value.shape
+    shown = tubes.where(np.broadcast_to(valid_GS[..., None], probs_GSE.value.shape), probs_GSE, exact(np.zeros(probs_GSE.value.shape)))
+    P_GE = tubes.total(shown, 1, A64, S)
+    return tubes.total(tubes.scale(multiply(P_GE, exact(count_GE), A64), E / (max(S, 1) ** 2 * G), A64), (0, 1), A64, G * E)
+
+
+def z_tube(logits_GSE: Tube, valid_GS: np.ndarray) -> Tube:
+    """Return the mean over valid tokens of the squared log-sum-exp."""
+    lse_GS = tubes.log_sum_exp(logits_GSE, A64)
+    squares_GS = tubes.where(valid_GS, multiply(lse_GS, lse_GS, A64), exact(np.zeros(valid_GS.shape)))
+    return tubes.scale(tubes.total(squares_GS, (0, 1), A64, valid_GS.size), 1.0 / max(valid_GS.sum(), 1), A64)
