@@ -59,8 +59,8 @@ def plans(**given: Any) -> st.SearchStrategy[Plan]:
     """Draw a plan."""
     drawn: dict[str, Any] = {
         "B": st.sampled_from((2, 1, 3)), "L": st.sampled_from((5, 4, 1)), "G": st.just(1), "E": st.sampled_from((4, 2, 1)),
-        "H": st.sampled_from((2, 3, 1)), "K": st.sampled_from((6, 4)), "capacity": st.integers(0, 5), "is_causal": st.booleans(), "activation": st.sampled_from(ACTIVATIONS),
-        "pads": st.sampled_from(("none", "scattered")), "seed": st.integers(0, 2**20),
+        "H": st.sampled_from((2, 3, 1)), "K": st.sampled_from((6, 4)), "capacity": st.integers(0, 5), "is_causal": st.booleans(),
+        "activation": st.sampled_from(ACTIVATIONS), "pads": st.sampled_from(("none", "scattered")), "seed": st.integers(0, 2**20),
     }  # fmt: skip
     return st.builds(Plan, **(drawn | given)).map(lambda plan: plan._replace(G=plan.B))
 
