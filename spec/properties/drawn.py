@@ -62,6 +62,14 @@ def plans(draw: Any, letters: str, points: int | None = None, **given: Any) -> P
     return Plan({**dict(zip(free, left, strict=False)), **chosen}, draw(st.integers(0, 2**20)), draw(st.integers(0, 3)) if points is None else points)
 
 
+def in_every_format(letters: str, *others: Any, **given: int) -> list[Any]:
+    """Return plans to try always: one of each setting, with the same values of the other arguments."""
+    free = [size for size in SIZES if size not in given.values()]
+    sizes = {**dict(zip((letter for letter in letters if letter not in given), free, strict=False)), **given}
+    made = [Plan(sizes, seed, seed) for seed in range(len(PLAYED["float64"]))]
+    return [(plan, *others) for plan in made] if others else list(made)
+
+
 def powers(reach: int = 6) -> st.SearchStrategy[float]:
     """Draw a power of two, by which a product is exact."""
     return st.integers(-reach, reach).map(lambda exponent: 2.0**exponent)

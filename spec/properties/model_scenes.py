@@ -7,6 +7,7 @@ dropout everywhere, noise in the routers, drops in the Switch layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,11 @@ CAPACITY = 2
 SETTINGS = ((MODEL_TRUTH, "float64"), (SELECTIVE, "bfloat16"), (MOTLEY[0], "bfloat16"), (MOTLEY[1], "float32"))  # around the layers, in them
 SEEDS = st.integers(0, 2**20)
 PLANS = st.tuples(st.integers(0, len(SETTINGS) - 1), SEEDS)
+
+
+def in_every_setting(*choices: Sequence[Any]) -> list[Any]:
+    """Return examples to try always: a plan of each setting, with one of each of some choices, in turn."""
+    return [((i, i), *(choice[i % len(choice)] for choice in choices)) for i in range(len(SETTINGS))]
 
 
 class Kind(NamedTuple):

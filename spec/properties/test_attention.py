@@ -16,6 +16,7 @@ from properties.drawn import (
     assert_on_grid,
     assert_slopes,
     assert_within,
+    in_every_format,
     noise_of,
     plans,
     powers,
@@ -119,7 +120,7 @@ def test_masked_softmax__of_what_is_seen(operations: Operations, plan: Plan, siz
 
 @clause("T-ATT-1", "T-ATT-2", is_oracle=True)
 @needs("narrow points")
-@draws(plan=plans("BLMDHK"))
+@draws(examples=in_every_format("BLMDHK"), plan=plans("BLMDHK"))
 def test_attention__matches_its_derivation(operations: Operations, plan: Plan) -> None:
     """Output and all seven gradients lie in the tubes of the derivation, rounded where the points say."""
     scene = Scene(operations, plan)

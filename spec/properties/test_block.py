@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from properties import model_scenes
 from properties.drawn import assert_equal, assert_slopes
 from properties.harness import clause, draws, needs
-from properties.model_scenes import PLANS, SEEDS, SETTINGS, B, D, E, F, H, Kind, L, M, Setup, setup_of
+from properties.model_scenes import PLANS, SEEDS, SETTINGS, B, D, E, F, H, Kind, L, M, Setup, in_every_setting, setup_of
 from properties.operations import Operations
 from refswitch.numbers.precision import round_to
 from refswitch.reference.attention import allowed_pairs
@@ -122,7 +122,7 @@ def assert_gradients(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]
 
 @clause("T-BLOCK-1", "T-BLOCK-4", is_oracle=True)
 @needs(wide=True)
-@draws(plan=PLANS)
+@draws(examples=in_every_setting(), plan=PLANS)
 def test_self_attention_layer__is_its_parts(operations: Operations, plan: tuple[int, int]) -> None:
     """To the bit norm, attention to the normed tokens, dropout and the stream; backward the same way home, each sum rounded as a gradient."""
     scene = scene_of(*plan, Kind())
@@ -141,7 +141,7 @@ def test_self_attention_layer__is_its_parts(operations: Operations, plan: tuple[
 
 @clause("T-BLOCK-2", "T-BLOCK-4", is_oracle=True)
 @needs(wide=True)
-@draws(plan=PLANS)
+@draws(examples=in_every_setting(), plan=PLANS)
 def test_cross_attention_layer__is_its_parts(operations: Operations, plan: tuple[int, int]) -> None:
     """To the bit the norm of the stream alone, attention to the memory without a bias, dropout and the stream; and backward."""
     scene = scene_of(*plan, Kind())
@@ -160,7 +160,7 @@ def test_cross_attention_layer__is_its_parts(operations: Operations, plan: tuple
 
 @clause("T-BLOCK-1", "T-BLOCK-4", is_oracle=True)
 @needs(wide=True)
-@draws(plan=PLANS, gated=st.booleans())
+@draws(examples=in_every_setting((True, False)), plan=PLANS, gated=st.booleans())
 def test_dense_layer__is_its_parts(operations: Operations, plan: tuple[int, int], gated: bool) -> None:
     """To the bit norm, the dense network with its own dropout, dropout and the stream; and backward."""
     scene = scene_of(*plan, Kind(gated=gated, activation="gelu_tanh"))
@@ -178,7 +178,11 @@ def test_dense_layer__is_its_parts(operations: Operations, plan: tuple[int, int]
 
 @clause("T-BLOCK-3", "T-BLOCK-4", is_oracle=True)
 @needs("a dropped token", "padding", wide=True)
-@draws(plan=PLANS, kind=st.sampled_from(model_scenes.KINDS))
+@draws(
+    examples=in_every_setting(model_scenes.KINDS),
+    plan=PLANS,
+    kind=st.sampled_from(model_scenes.KINDS),
+)
 def test_switch_layer__is_its_parts(operations: Operations, plan: tuple[int, int], kind: Kind) -> None:
     """To the bit norm, the Switch layer on the batch's tokens cut in order into groups, dropout and the stream; and backward with both losses."""
     scene = scene_of(*plan, kind._replace(sparse=(False, True), decoder=()))

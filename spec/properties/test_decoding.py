@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from properties.drawn import Plan, Scene, assert_equal, plans
 from properties.harness import clause, draws, needs
-from properties.model_scenes import PLANS, SEEDS, SETTINGS, B, D, F, H, K, Kind, L, M, Setup, V, setup_of
+from properties.model_scenes import PLANS, SEEDS, SETTINGS, B, D, F, H, K, Kind, L, M, Setup, V, in_every_setting, setup_of
 from properties.operations import Operations
 from refswitch.model_setup import no_noise
 from refswitch.reference.block import StackStatics
@@ -72,7 +72,7 @@ def test_decode_step__is_the_whole_pass(operations: Operations, seed: int, kind:
 
 @clause("T-DEC-1")
 @needs("narrow points", wide=True)
-@draws(plan=PLANS, kind=st.sampled_from(DECODED))
+@draws(examples=in_every_setting(DECODED), plan=PLANS, kind=st.sampled_from(DECODED))
 def test_decode_step__first_token_in_every_format(operations: Operations, plan: tuple[int, int], kind: Kind) -> None:
     """The first step has the bits of a pass over one token, rounded at the same points."""
     setup = unpacked(setup_of(kind, plan[1], *SETTINGS[plan[0]]))

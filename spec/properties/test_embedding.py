@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from properties.drawn import Plan, Scene, assert_equal, assert_on_grid, assert_slopes, assert_within, noise_of, plans, powers
+from properties.drawn import Plan, Scene, assert_equal, assert_on_grid, assert_slopes, assert_within, in_every_format, noise_of, plans, powers
 from properties.harness import clause, draws, needs
 from properties.model_tubes import logits_tubes, tied_logits_tubes
 from properties.operations import Operations
@@ -45,7 +45,7 @@ def test_embed__by_hand(operations: Operations) -> None:
 
 @clause("T-LOGITS-1", "T-LOGITS-2", is_oracle=True)
 @needs("narrow points")
-@draws(plan=plans("BLDV"))
+@draws(examples=in_every_format("BLDV"), plan=plans("BLDV"))
 def test_logits__match_their_derivation(operations: Operations, plan: Plan) -> None:
     """Logits and both gradients, tied and untied, lie in the tubes of the derivation, rounded where the points say."""
     scene = Scene(operations, plan)

@@ -14,6 +14,7 @@ from properties.drawn import (
     assert_on_grid,
     assert_slopes,
     assert_within,
+    in_every_format,
     noise_of,
     plans,
     powers,
@@ -52,7 +53,12 @@ def tubes_in_order(tube: FeedForwardTubes) -> list[tuple[str, Tube]]:
 
 @clause("T-FFN-1", "T-FFN-2", is_oracle=True)
 @needs("narrow points", "gated", "not gated")
-@draws(plan=plans("BLDF"), activation=ACTIVATIONS, gated=st.booleans())
+@draws(
+    examples=[*in_every_format("BLDF", "gelu_tanh", True), *in_every_format("BLDF", "relu", False)],
+    plan=plans("BLDF"),
+    activation=ACTIVATIONS,
+    gated=st.booleans(),
+)
 def test_feed_forward__matches_its_derivation(operations: Operations, plan: Plan, activation: str, gated: bool) -> None:
     """Output and gradients lie in the tubes of the derivation, rounded where the points say, for every activation, gated and not."""
     scene = Scene(operations, plan)

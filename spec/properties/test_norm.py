@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from properties.drawn import Plan, Scene, assert_equal, assert_on_grid, assert_slopes, assert_within, noise_of, plans, powers
+from properties.drawn import Plan, Scene, assert_equal, assert_on_grid, assert_slopes, assert_within, in_every_format, noise_of, plans, powers
 from properties.harness import clause, draws, needs
 from properties.model_tubes import norm_tubes
 from properties.operations import Operations
@@ -18,7 +18,7 @@ EPSILONS = st.sampled_from((2.0**-20, 0.0, 0.25))
 
 @clause("T-NORM-1", "T-NORM-2", is_oracle=True)
 @needs("narrow points", "epsilon", "no epsilon")
-@draws(plan=plans("BLD"), epsilon=EPSILONS, power=powers(3))
+@draws(examples=in_every_format("BLD", 0.25, 2.0), plan=plans("BLD"), epsilon=EPSILONS, power=powers(3))
 def test_norm__matches_its_derivation(operations: Operations, plan: Plan, epsilon: float, power: float) -> None:
     """Output, gradient of the input and of the scale lie in the tubes of the derivation, rounded where the points say."""
     scene = Scene(operations, plan)

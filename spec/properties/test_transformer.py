@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from properties.drawn import assert_equal
 from properties.harness import clause, draws, needs
-from properties.model_scenes import KINDS, PLANS, SEEDS, SETTINGS, B, D, E, Kind, L, M, Setup, U, setup_of
+from properties.model_scenes import KINDS, PLANS, SEEDS, SETTINGS, B, D, E, Kind, L, M, Setup, U, in_every_setting, setup_of
 from properties.operations import Operations
 from refswitch.numbers.precision import round_to
 from refswitch.reference.switch import SwitchParams
@@ -48,7 +48,7 @@ def streams(setup: Setup, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]
 
 @clause("T-STACK-1", "T-STACK-2", is_oracle=True)
 @needs("dense", "sparse", wide=True)
-@draws(plan=PLANS, kind=st.sampled_from(KINDS), name=STACKS)
+@draws(examples=in_every_setting(KINDS, ("decoder", "encoder")), plan=PLANS, kind=st.sampled_from(KINDS), name=STACKS)
 def test_stack_forward__is_its_parts(operations: Operations, plan: tuple[int, int], kind: Kind, name: str) -> None:
     """To the bit: dropout, then block for block self, cross where it has one, dense or sparse, with one bias for all, then norm and dropout."""
     around, profile = SETTINGS[plan[0]]

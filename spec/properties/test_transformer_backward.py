@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from properties.drawn import assert_equal, assert_slopes
 from properties.harness import clause, draws, needs
-from properties.model_scenes import KINDS, PLANS, SEEDS, SETTINGS, B, D, F, H, Kind, L, M, Setup, U, V, routes_of, setup_of
+from properties.model_scenes import KINDS, PLANS, SEEDS, SETTINGS, B, D, F, H, Kind, L, M, Setup, U, V, in_every_setting, routes_of, setup_of
 from properties.operations import Operations
 from properties.test_transformer import POOLED, STACKS, stack_arguments, streams
 from refswitch.numbers.precision import round_to
@@ -32,7 +32,7 @@ def assert_trees_equal(found: Any, wanted: Any) -> None:
 
 @clause("T-STACK-1", "T-STACK-3", is_oracle=True)
 @needs(wide=True)
-@draws(plan=PLANS, kind=st.sampled_from(KINDS), name=STACKS)
+@draws(examples=in_every_setting(KINDS, ("decoder", "encoder")), plan=PLANS, kind=st.sampled_from(KINDS), name=STACKS)
 def test_stack_backward__is_its_parts(operations: Operations, plan: tuple[int, int], kind: Kind, name: str) -> None:
     """To the bit the way back: dropout, norm, the blocks from the last to the first, sub-layers in mirror order, sums of memory and bias."""
     around, profile = SETTINGS[plan[0]]
@@ -145,7 +145,7 @@ def test_model_backward__parameter_by_parameter(operations: Operations, seed: in
 
 @clause("T-MODEL-5", is_oracle=True)
 @needs("tied", "untied", wide=True)
-@draws(plan=PLANS, kind=st.sampled_from(KINDS))
+@draws(examples=in_every_setting(KINDS), plan=PLANS, kind=st.sampled_from(KINDS))
 def test_model_backward__is_its_parts(operations: Operations, plan: tuple[int, int], kind: Kind) -> None:
     """To the bit: the loss's gradient, rounded, through the logits, decoder and encoder; the table's three gradients are added."""
     setup = setup_of(kind, plan[1], *SETTINGS[plan[0]])
