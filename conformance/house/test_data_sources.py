@@ -207,6 +207,17 @@ def test_cache__is_whole_or_made_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert not [name for name in os.listdir(tmp_path / "cache") if name.startswith(".")], "nothing half made is left"
 
 
+def test_corpus__says_how_far_it_is(tmp_path: Path) -> None:
+    """Inside one large file too, never backwards, never more than there is, and at last all of it."""
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        (tmp_path / name).write_bytes(packed(b'{"text": "%s"}\n' % (b"x" * 2**16) * 50, Path(name).suffix))
+    said: list[tuple[int, int]] = []
+    open_corpus(config(tmp_path), progress=lambda done, total: said.append((done, total)))
+    assert len(said) >= 4
+    assert said == sorted(said)
+    assert said[-1] == (said[0][1],) * 2
+
+
 def test_cache__a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     """A file where the folder should be."""
     (tmp_path / "a.txt").write_text("text")

@@ -252,6 +252,15 @@ def test_prefix_lm__every_length_is_as_likely() -> None:
     assert ((counts[1:] - 200) ** 2).sum() < 42 * 200
 
 
+@pytest.mark.parametrize("objective", ["span_corruption", "iid"])
+def test_batch__density_0_is_the_identity(objective: str) -> None:
+    """The inputs are the text and its end, the targets one sentinel and an end."""
+    batch = stream_of(numbered(30), objective=objective, density=0.0, batch=2).batch(0)  # rows of 15 tokens and an end: an epoch is 2
+    rows = sorted(pieces_of(batch))
+    assert [inputs for inputs, _, _ in rows] == [[*range(FIRST, FIRST + 15), 1], [*range(FIRST + 15, FIRST + 30), 1]]
+    assert all(targets == [383, 1] for _, targets, _ in rows)
+
+
 def test_unigram_entropy__of_known_counts() -> None:
     """Ids 4 and 9 three to one, padding not counted: 2 ln 2 - (3/4) ln 3, to the last place but two of four roundings."""
     batch = stream_of(numbered(3)).batch(0)

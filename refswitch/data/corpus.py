@@ -29,6 +29,7 @@ from refswitch.errors import InputError
 VERSION = 1  # of the cache's files; counts up with whatever changes the tokens of a text
 TEXT_FIELDS = ("field", "documents", "held_out", "clean", "deduplicate")  # the fields of the configuration that decide which text it is
 HASH_BITS = 64
+PROGRESS_EVERY = 1 << 20  # bytes
 PARTS = ("train", "held_out")
 RECORD = "corpus.json"
 
@@ -105,12 +106,17 @@ def named_files(config: DataConfig) -> list[tuple[bool, Source]]:
 def read_documents(config: DataConfig, files: list[tuple[bool, Source]], progress: Progress) -> Iterator[Document]:
     """Yield every file's documents, each in its part."""
     sizes = [source.path.stat().st_size for _, source in files]
-    done = 0
+    done = said = 0
     for (named, source), size in zip(files, sizes, strict=True):
+        inside = 0  # characters of the file so far: about its bytes, and more than those where it is compressed
         for document in documents_of(source, config.field, config.documents):
             yield document._replace(held_out=named or is_held_out(document.name, config.held_out))
+            inside += len(document.text)
+            if done + min(inside, size) >= said + PROGRESS_EVERY:
+                said = done + min(inside, size)
+                progress(said, sum(sizes))
         done += size
-        progress(done, sum(sizes))
+    progress(done, done)
 
 
 def build(config: DataConfig, files: list[tuple[bool, Source]], vocabulary: Vocabulary, parts: list[Part], progress: Progress) -> str:
@@ -199,7 +205,7 @@ def open_corpus(config: DataConfig, cache: Path | None = None, progress: Progres
     cache : Path
         Folder under which the tokens are kept for the next time; None: in files that end with the process.
     progress : callable
-        Called with the bytes that are read and those there are, after each file.
+        Called with the bytes that are read and those there are, at each MiB and at the end.
 
     Returns
     -------

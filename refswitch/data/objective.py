@@ -63,7 +63,7 @@ def objective_of(config: DataConfig, vocabulary: Vocabulary, seed: int) -> Objec
         spans = int(span_counts(np.arange(1, L + 1), config.density, config.mean_span)[1].max())
     elif name == "iid":
         L, needed = M - 1, 3
-        asked = asked or int(np.ceil(IID_ROOM * config.density * M)) + 2
+        asked = asked or int(np.ceil(IID_ROOM * config.density * M)) + needed
     elif name == "prefix_lm":
         L, needed = M - 1, M
     else:
