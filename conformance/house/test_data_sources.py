@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from refswitch.data import PYTHON_TEXT, DataConfig, corpus, open_corpus, sources
+from refswitch.data import PYTHON_TEXT, DataConfig, cleaning, corpus, open_corpus, sources
 from refswitch.data.cleaning import Seen, clean_page, sentences_of, without_duplicates
 from refswitch.data.sources import Document, documents_of, find_sources
 from refswitch.errors import InputError
@@ -310,3 +310,44 @@ def test_corpus__cleaned_and_deduplicated(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("Menu")
     with pytest.raises(InputError, match=r"data\.clean"):
         open_corpus(config(tmp_path / "c.txt", clean=True))
+
+
+def first_frame(path: Path) -> list[bytes]:
+    """A zstd file ends with its first frame."""
+    return [zstandard.ZstdDecompressor().decompress(path.read_bytes())] if path.suffix == ".zst" else [path.read_bytes()]
+
+
+PLANTED = {
+    "position": (sources, "not_utf8", lambda path, position: InputError(f"byte {position + 1} is not UTF-8"), "latin1_far"),
+    "by_length": (corpus, "is_held_out", lambda name, share: len(name) * share < 1.5, test_corpus__is_split_by_a_hash_of_names),
+    "two_sentences": (cleaning, "SPAN", 2, test_duplicates__spans_of_three_sentences_are_kept_once),
+    "case": (cleaning, "span_hash", lambda sentences: hash("".join(sentences)), test_duplicates__spans_of_three_sentences_are_kept_once),
+    "four_words": (cleaning, "LEAST_WORDS", 3, GOOD + "\nToo few words."),
+    "one_sentence": (cleaning, "LEAST_SENTENCES", 1, "Only one sentence stands on this page."),
+    "ellipsis": (cleaning, "ELLIPSIS", "....", GOOD + "\nThis line goes on and on and on..."),
+    "first_frame": (sources, "byte_blocks", first_frame, ".zst"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_sources__a_planted_mistake_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by the test that is there for it."""
+    module, where, wrong, check = PLANTED[name]
+
+    def run(folder: Path) -> None:
+        folder.mkdir()
+        if check in PAGES:
+            test_clean_page__keeps_what_c4_keeps(check)
+        elif check in MISTAKES:
+            test_corpus__refuses_in_one_line(check, folder)
+        elif check == ".zst":
+            test_documents__of_each_format(folder, check)
+        elif check is test_corpus__is_split_by_a_hash_of_names:
+            check(folder)
+        else:
+            check()
+
+    run(tmp_path / "true")
+    monkeypatch.setattr(module, where, wrong)
+    with pytest.raises((AssertionError, InputError)):
+        run(tmp_path / "planted")
