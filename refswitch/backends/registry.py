@@ -7,11 +7,18 @@ from refswitch.backends.protocol import Backend
 from refswitch.errors import InputError
 from refswitch.records import nearest
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
-def backend(name: str) -> Backend:
-    """Return the named backend.
+def backend(name: str, threads: int | None = None) -> Backend:
+    """Return the named backend; each call of `cpu` has buffers of its own.
+
+    Parameters
+    ----------
+    name : str
+        One of BACKENDS.
+    threads : int, optional
+        On how many threads kernels run; by default one per core. NumPy under `reference` has its own.
 
     Raises
     ------
@@ -22,4 +29,8 @@ def backend(name: str) -> Backend:
         from refswitch.backends import reference
 
         return reference
+    if name == "cpu":
+        from refswitch.backends.cpu import Cpu
+
+        return Cpu(threads)
     raise InputError(f"unknown backend {name!r}{nearest(name, BACKENDS)}; known: {', '.join(BACKENDS)}")
