@@ -141,6 +141,8 @@ def test_batch__is_a_function_of_its_number(objective: str, pack: bool) -> None:
     backwards = stream_of(tokens, **asked)
     for n in reversed(range(12)):
         assert equal(backwards.batch(n), whole[n])
+    if not pack:
+        assert len(backwards.examples.kept) <= 2, "epochs pile up"  # type: ignore[attr-defined]
     for ranks in (1, 2, 3, 4):
         bounds = [7 * r // ranks for r in range(ranks + 1)]
         one = stream_of(tokens, **asked)

@@ -58,7 +58,9 @@ class Segments:
         if number not in self.kept:
             config = self.config
             fresh = epoch_of(self.tokens, self.objective.L, config.chunk, config.chunks, config.concatenate, self.seed, number)
-            self.kept = {known: epoch for known, epoch in self.kept.items() if known >= number - KEPT_EPOCHS + 1} | {number: fresh}
+            if len(self.kept) >= KEPT_EPOCHS:
+                del self.kept[next(iter(self.kept))]
+            self.kept[number] = fresh
             if number == len(self.first) - 1:
                 self.first.append(self.first[-1] + fresh.segments)
         return self.kept[number]
