@@ -29,7 +29,7 @@ FEATURES = (
 )  # fmt: skip
 LIMIT_KEYS = ("G", "S", "D", "E", "F", "activation")
 LIMIT_WORDS = ("min", "max", "multiple_of", "one_of")
-BUILT_IN = ("reference",)
+BUILT_IN = ("reference", "cpu")
 Progress = Callable[[int, int, str], None]  # done, total, what
 Call = Callable[[Case, str], tuple[Outputs, list[str]]]  # case and its id to the outputs and the names of the inputs that were written to
 
@@ -45,7 +45,7 @@ def resolve_target(text: str) -> tuple[Path, str]:
     if text.startswith("pipe:"):
         raise InputError("pipe: targets are not of this version yet; write an adapter in Python that runs the program")
     file, _, name = text.partition("::")
-    if file in ("cpu", "cuda"):
+    if file == "cuda":
         raise InputError(f"target {file}: refswitch has no {file} engine in this version; known: {', '.join(BUILT_IN)} or FILE.py[::NAME]")
     path = data_root() / "conformance" / "adapters" / f"{file}.py" if file in BUILT_IN else Path(file)
     if not path.suffix == ".py":
