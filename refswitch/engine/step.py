@@ -94,7 +94,7 @@ def check(setup: Setup, backend: Backend) -> None:
 
 def initial_state(params: ModelParams, setup: Setup, backend: Backend) -> TrainState:
     """Return the state before the first step: copies of the parameters as they are stored."""
-    copies = {path: stored(np.array(leaf, backend.dtype), setup.setting.weights, backend) for path, leaf in leaves(params).items()}
+    copies = {path: stored(np.array(leaf, backend.dtype, order="C"), setup.setting.weights, backend) for path, leaf in leaves(params).items()}
     params = with_leaves(params, copies)
     return TrainState(0, params, initial_optimizer(params, setup.optimizer, dialect_of(setup.config), backend))
 
@@ -123,7 +123,7 @@ def state_from(arrays: dict[str, np.ndarray], like: TrainState) -> TrainState:
 
     def part(prefix: str, tree: Any) -> Any:
         own = {path: arrays[f"{prefix}.{path}"] for path in leaves(tree)}
-        kept = {path: int(own[path]) if isinstance(leaf, int) else own[path].astype(leaf.dtype) for path, leaf in leaves(tree).items()}
+        kept = {path: int(own[path]) if isinstance(leaf, int) else np.array(own[path], leaf.dtype, order="C") for path, leaf in leaves(tree).items()}
         return with_leaves(tree, kept)
 
     return TrainState(int(arrays["step"]), part("params", like.params), part("optimizer", like.optimizer))
