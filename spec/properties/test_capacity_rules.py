@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from properties.harness import clause, draws
 from properties.operations import Operations
 from properties.refusals import refusal
-from refswitch.config import Capacity, Group
+from refswitch.config import TRUTH, Capacity, Group
 from refswitch.numbers.precision import FORMATS
 from refswitch.reference.capacity import Route
+from refswitch.reference.experts import ExpertsParams
+from refswitch.reference.switch import Statics, SwitchInputs, SwitchParams
 from refswitch.spec_data import load_dialect
 
 MESH = load_dialect("mesh_tensorflow")
@@ -229,3 +231,20 @@ def test_no_token_left_behind__round_by_round(operations: Operations, seed: int,
                 if claims_GS[g, s] and not kept[s] and used[e] < capacity:
                     expert[s], slot[s], kept[s], used[e] = e, used[e], True, used[e] + 1
         assert (route.expert_GS[g].tolist(), route.slot_GS[g].tolist(), route.kept_GS[g].tolist()) == (expert, slot, kept)
+
+
+@clause("S-ROUTE-3", "S-CAP-2")
+@draws()
+def test_switch_forward__asks_as_many_experts_as_the_dialect_says(operations: Operations) -> None:
+    """Among 40 equal experts a token's choices are the first ones, in order: with one slot each, as many tokens are served as there are choices."""
+    S, D, E, F = 5, 2, 40, 3
+    for choices in (1, 2, 3):
+        dialect = load_dialect({"base": "mesh_tensorflow", "select.rule": "ntlb", "select.choices": choices})
+        ones_GSD, none_GSE = np.ones((1, S, D)), np.zeros((1, S, E))
+        inputs = SwitchInputs(ones_GSD, ones_GSD[..., 0] > 0, ones_GSD, none_GSE, none_GSE, np.arange(S)[None], np.ones((1, S, F)))
+        experts = ExpertsParams(np.ones((E, D, F)), None, np.ones((E, F, D)), np.zeros((E, F)), np.zeros((E, F)), np.zeros((E, D)))
+        params = SwitchParams(np.zeros((D, E)), np.zeros(E), experts, np.zeros(D))
+        outputs, _ = operations.switch_forward(inputs, params, Statics(dialect, TRUTH, "relu", 1))
+        served = min(choices, S)
+        assert outputs.route.expert_GS[0].tolist() == [*range(served), *[0] * (S - served)]
+        assert outputs.route.kept_GS[0].tolist() == [s < served for s in range(S)]
