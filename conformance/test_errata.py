@@ -21,11 +21,11 @@ from refswitch.model_config import preset, sparse_layers
 from refswitch.numbers.precision import FORMATS, round_to
 from refswitch.planning.counts import flops_per_sequence, parameter_count
 from refswitch.reference.capacity import Route, arrival_order, capacity_of, slots_forward
+from refswitch.reference.claims import serve
 from refswitch.reference.expert_choice import pick_tokens, scores_forward
 from refswitch.reference.losses import balance_forward, counted_fraction, rows_of_mean
 from refswitch.reference.pack import unpack
 from refswitch.reference.router import choices_in_order, choose, logits_forward, softmax_forward
-from refswitch.reference.top_k import serve
 from refswitch.reference.transformer import model_forward
 from refswitch.spec_data import load_dialect, load_profile
 

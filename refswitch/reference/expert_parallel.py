@@ -176,7 +176,8 @@ def expert_parallel_forward(inputs: ParallelInputs, params: SwitchParams, static
     """
     (A, R, _, S, _), E = inputs.x_ARgSD.shape, params.w_router_DE.shape[1]
     ranks, shares, C = list(np.ndindex(A, R)), slices_of(E, R), min(statics.capacity, S)
-    decided = [decide_forward(*(part[rank] for part in inputs[:3]), params, statics) for rank in ranks]  # F1
+    read = [(inputs.x_ARgSD[rank], inputs.valid_ARgS[rank], inputs.noise_factor_ARgSD[rank]) for rank in ranks]
+    decided = [decide_forward(x_gSD, valid_gS, noise_gSD, params, statics) for x_gSD, valid_gS, noise_gSD in read]  # F1
     decisions = [decision for decision, _ in decided]
     by_rank = list(zip(ranks, (decision.route for decision in decisions), strict=True))
     packed_ARgECD = stack_ranks([pack(inputs.x_ARgSD[rank], route, E, C) for rank, route in by_rank], A, R)  # F2
@@ -238,7 +239,8 @@ def expert_parallel_backward(
         None if values[0] is None else stack_ranks(list(values), A, R).sum(axis=0)  # all-reduce over the copies
         for values in zip(*(dshare for _, dshare in back), strict=True)
     ]
-    dexperts = ExpertsParams(*(None if field is None else round_to(field.reshape(E, *field.shape[2:]), points.gradients) for field in fields))
+    rounded: list[Any] = [None if field is None else round_to(field.reshape(E, *field.shape[2:]), points.gradients) for field in fields]
+    dexperts = ExpertsParams(*rounded)
     dw_router_DE, db_router_E, db_shared_D = (round_to(part, points.gradients) for part in (dw_router_DE, db_router_E, db_shared_D))  # R10
     dparams = SwitchParams(dw_router_DE, db_router_E, dexperts, db_shared_D)
     return round_to(dx_expert_ARgSD + dx_router_ARgSD, points.gradients), dparams

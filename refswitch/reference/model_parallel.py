@@ -10,6 +10,7 @@ gradient: both are sums over the ranks, the one all-reduce forward and the one b
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,8 @@ def slices_of(size: int, parts: int) -> list[slice]:
 def part_of(params: ExpertsParams, experts: slice, hidden: slice) -> ExpertsParams:
     """Return what one rank holds: its share of the experts, its part of their hidden width."""
     index = [(experts, *(slice(None),) * (axis - 1), hidden) if axis else (experts,) for axis in HIDDEN_AXIS]
-    return ExpertsParams(*(None if value is None else value[key] for value, key in zip(params, index, strict=True)))
+    held: list[Any] = [None if value is None else value[key] for value, key in zip(params, index, strict=True)]
+    return ExpertsParams(*held)
 
 
 def cut_experts_forward(
@@ -44,7 +46,8 @@ def cut_experts_forward(
 
     Spec: E-CUT-1. Paper: 5.2, 5.5. The output's bias belongs to the first part alone. Rounding: R6, R7, R8 of each part, R8 of the sum.
     """
-    outs, saved = [], []
+    outs: list[np.ndarray] = []
+    saved: list[ExpertsSaved] = []
     for hidden in slices_of(factor_GeCF.shape[-1], cuts):
         bias_scale_GeC = np.full(packed_GeCD.shape[:3], float(hidden.start == 0))
         part = part_of(params, experts, hidden)
@@ -61,9 +64,8 @@ def cut_experts_backward(
     back = [experts_backward(dout_GeCD, kept, part, activation) for kept, part in zip(saved, held, strict=True)]  # B2
     dpacked_GeCD = np.sum([dpacked_GeCD for dpacked_GeCD, _, _, _ in back], axis=0)  # B1: all-reduce over the parts
     fields = zip(*(dparams for _, _, _, dparams in back), strict=True)
-    return dpacked_GeCD, ExpertsParams(
-        *(
-            None if values[0] is None else np.concatenate(values, axis=axis) if axis else np.sum(values, axis=0)
-            for values, axis in zip(fields, HIDDEN_AXIS, strict=True)
-        )
-    )
+    dshare: list[Any] = [
+        None if values[0] is None else np.concatenate(values, axis=axis) if axis else np.sum(values, axis=0)
+        for values, axis in zip(fields, HIDDEN_AXIS, strict=True)
+    ]
+    return dpacked_GeCD, ExpertsParams(*dshare)

@@ -20,9 +20,10 @@ from typing import NamedTuple
 import numpy as np
 
 from refswitch.config import RoundingPoints
+from refswitch.reference.claims import Claims, serve
 from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.router import choices_in_order
-from refswitch.reference.top_k import Claims, MixtureSaved, mixture_backward, mixture_forward, place_choices, serve
+from refswitch.reference.top_k import MixtureSaved, mixture_backward, mixture_forward, place_choices
 
 
 def normal_cdf(z: np.ndarray) -> np.ndarray:
@@ -176,7 +177,7 @@ class NoisyStatics(NamedTuple):
     choices: int
     noise_floor: float
     epsilon: float
-    order: str  # as in `top_k.serve`
+    order: str  # as in `claims.serve`
     capacity: int  # the source has none: at least S
     activation: str
     points: RoundingPoints  # of the experts; the gate is float64 throughout

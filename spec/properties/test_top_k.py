@@ -32,8 +32,9 @@ from properties.variant_tubes import (
 )
 from refswitch.numbers.precision import FORMATS, round_to
 from refswitch.proof.adjoint import dot
+from refswitch.reference.claims import EPSILON, Claims
 from refswitch.reference.switch import SwitchParams
-from refswitch.reference.top_k import EPSILON, Claims, TopKInputs, TopKStatics
+from refswitch.reference.top_k import TopKInputs, TopKStatics
 from refswitch.verify import tubes
 from refswitch.verify.tubes import Tube, exact
 

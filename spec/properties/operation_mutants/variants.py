@@ -11,7 +11,7 @@ def slips(*rows: tuple[str, str, str, str, str, str]) -> list[OperationMutant]:
     return [edited(*row) for row in rows]
 
 
-WANTED, SERVE, GATES = "top_k.wanted_choices", "top_k.serve", "top_k.gates_forward"
+WANTED, SERVE, GATES = "claims.wanted_choices", "claims.serve", "top_k.gates_forward"
 TOP_K, TOP_K_BACK = "top_k.top_k_forward", "top_k.top_k_backward"
 SECOND = "top_k.second_place_forward"
 TOP_K_MUTANTS = slips(
@@ -34,6 +34,7 @@ TOP_K_MUTANTS = slips(
         "A second choice is drawn whatever the policy says.",
     ),
     ("gshard_without_its_two", "V-WANT-1", WANTED, "2.0 * share_GSK", "share_GSK", "With probability p, not 2 p."),
+    ("inclusive_count", "V-SERVE-1", SERVE, "(slot_GS < capacity)", "(slot_GS + 1 < capacity)", "An inclusive count loses a slot."),
     (
         "used_slots_forgotten",
         "V-SERVE-1",
@@ -55,7 +56,7 @@ TOP_K_MUTANTS = slips(
     (
         "choices_of_the_next_token",
         "V-SERVE-1",
-        "top_k._serve_by_token",
+        "claims._serve_by_token",
         "priority_GS[..., None] * K + np.arange(K)",
         "priority_GS[..., None] + S * np.arange(K)",
         "By choice, not by token.",
@@ -64,7 +65,7 @@ TOP_K_MUTANTS = slips(
     (
         "rows_of_the_wrong_choice",
         "V-MOVE-1",
-        "top_k.unpack_choices",
+        "claims.unpack_choices",
         "reshape(*claims.kept_GSK.shape, packed_GECD.shape[-1])",
         "reshape(*claims.kept_GSK.shape, packed_GECD.shape[-1])[:, :, ::-1]",
         "Choices come back in reverse.",
@@ -72,7 +73,7 @@ TOP_K_MUTANTS = slips(
     (
         "rows_by_choice",
         "V-MOVE-1",
-        "top_k.pack_choices",
+        "claims.pack_choices",
         "x_GSKD.reshape(G, S * K, D)",
         "x_GSKD.swapaxes(1, 2).reshape(G, S * K, D)",
         "Rows are read choice by choice.",
@@ -80,7 +81,7 @@ TOP_K_MUTANTS = slips(
     (
         "route_by_choice",
         "V-MOVE-1",
-        "top_k.route_of",
+        "claims.route_of",
         "part_GSK.reshape(G, S * K)",
         "part_GSK.swapaxes(1, 2).reshape(G, S * K)",
         "The route lists claims choice by choice, the rows token by token.",
