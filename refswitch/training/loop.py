@@ -225,7 +225,7 @@ def train(config: TrainConfig, reporter: Reporter, resume: bool = False) -> Outc
     """
     if config.layout != LAYOUT:
         raise InputError(f"layout={config.layout}: one process trains as {LAYOUT}")
-    setup, backend = setup_of(config), backend_of(config.backend)
+    setup, backend = setup_of(config), backend_of(config.backend, config.threads or None)
     check(setup, backend)
     with opened(Path(config.run_dir)) as folder:
         check_folder(folder, config, resume)

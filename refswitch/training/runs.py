@@ -111,7 +111,7 @@ def open_run(given: str, step: int | None = None) -> OpenRun:
     """
     folder, step = place_of(given, step)
     config = load_config(str(folder.config))
-    setup, backend = setup_of(config), backend_of(config.backend)
+    setup, backend = setup_of(config), backend_of(config.backend, config.threads or None)
     check(setup, backend)
     params = params_of(str(folder.checkpoint(step)), config.model)
     return OpenRun(config, setup, folder, step, initial_state(params, setup, backend).params, backend)
