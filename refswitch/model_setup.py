@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from refswitch.config import Dialect
@@ -18,7 +20,13 @@ from refswitch.spec_data import load_dialect, parse_record
 
 def dialect_of(config: ModelConfig) -> Dialect:
     """Return the dialect of the model's sparse layers."""
-    return load_dialect(parse_record(config.dialect))
+    return _dialect(config.dialect)
+
+
+@functools.cache
+def _dialect(text: str) -> Dialect:
+    """Return a dialect from its text, read once: a trainer asks for it at every step."""
+    return load_dialect(parse_record(text))
 
 
 def _known(value: float | str, name: str, dialect: Dialect) -> float:
