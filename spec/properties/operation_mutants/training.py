@@ -219,6 +219,16 @@ BETAS_SWAPPED = edited(
 )
 
 
+ALWAYS_CORRECTED_BY_ONE = edited(
+    "correction_of_the_step_before",
+    "O-ADAMW-2",
+    "adamw.bias_correction",
+    "1.0 - beta**step",
+    "1.0 - beta**(step - 1)",
+    "The correction is one step behind.",
+)
+
+
 # https://github.com/huggingface/transformers/issues/34506
 @operation_mutant("O-ADAMW-1", replaces="adamw_update")
 def mean_of_scaled_updates(adamw_update: Function, w: np.ndarray, grad: np.ndarray, state: Any, learning_rate: float, *rest: Any, **more: Any) -> Any:
