@@ -19,6 +19,7 @@ from properties.variant_tubes import (
     arguments_of,
     assert_gradients,
     assert_within,
+    aux_of,
     balance_tubes,
     expert_tubes,
     layer_of,
@@ -56,7 +57,7 @@ class Plan(NamedTuple):
 def plans(**given: Any) -> st.SearchStrategy[Plan]:
     """Draw a plan."""
     drawn: dict[str, Any] = {
-        "G": st.integers(1, 3), "S": st.sampled_from((7, 5, 9, 1)), "E": st.sampled_from((4, 3, 2, 1)), "capacity": st.integers(0, 6),
+        "G": st.integers(1, 3), "S": st.sampled_from((7, 5, 9, 1, 0)), "E": st.sampled_from((4, 3, 2, 1)), "capacity": st.integers(0, 6),
         "rule": st.sampled_from(RULES), "activation": st.sampled_from(ACTIVATIONS), "is_gated": st.booleans(),
         "pads": st.sampled_from(("none", "scattered", "all")), "seed": st.integers(0, 2**20),
     }  # fmt: skip
@@ -68,6 +69,7 @@ EXAMPLES = [
     Plan(2, 9, 3, 4, "expert_choice", "gelu_erf", True, "scattered", 2),
     Plan(2, 9, 3, 2, "switch_max", "gelu_tanh", True, "scattered", 3),
     Plan(1, 5, 2, 6, "switch_max", "silu", False, "none", 4),
+    Plan(1, 0, 3, 2, "expert_selection", "silu", False, "none", 5),
 ]
 
 
@@ -197,14 +199,16 @@ def test_spread_loss__formula_and_slope(operations: Operations, plan: Plan) -> N
     """The loss lies in its tube, is 1 where all tokens have the same share, padding or not, and its gradient is the slope."""
     random, (G, S, E) = random_of(plan), plan[:3]
     probs_GSE, valid_GS = random.random((G, S, E)), random.random((G, S)) < 0.75
-    valid_GS[:, 0] = True
+    valid_GS[:, :1] = True
     operations.meets("pads", not valid_GS.all())
     loss, saved = operations.spread_loss(probs_GSE, valid_GS)
     tube = spread_tube(exact(probs_GSE), valid_GS)
     assert_within(loss, tube, "spread loss")
     even_GSE = np.broadcast_to(valid_GS[..., None] / valid_GS.sum(axis=1)[:, None, None], (G, S, E))
     assert_within(
-        operations.spread_loss(even_GSE, valid_GS)[0], Tube(np.ones(()), 4.0 * spread_tube(exact(even_GSE), valid_GS).radius), "loss at balance"
+        operations.spread_loss(even_GSE, valid_GS)[0],
+        Tube(np.asarray(float(S > 0)), 4.0 * spread_tube(exact(even_GSE), valid_GS).radius),
+        "loss at balance",
     )
 
     def value(there: dict[str, np.ndarray]) -> tuple[float, int]:
@@ -223,7 +227,7 @@ def test_expert_choice__values_and_slopes(operations: Operations, plan: Plan) ->
     params, x_GSD = random_layer(random, E, D, F, plan.is_gated), random.normal(size=(G, S, D))
     C, dout_GSD = min(capacity, S), random.normal(size=(G, S, D))
     inputs = ExpertChoiceInputs(x_GSD, valid_mask(random, plan.pads, G, S), 1.0 + random.normal(size=x_GSD.shape) / 8.0, mask_of(random, G, E, C, F))
-    statics = ExpertChoiceStatics(plan.rule, capacity, TOP_2.aux, TOP_2.z, plan.activation, POINTS)
+    statics = ExpertChoiceStatics(plan.rule, capacity, aux_of(plan.seed), TOP_2.z, plan.activation, POINTS)
     outputs, saved = operations.expert_choice_forward(inputs, params, statics)
     picks, valid_GS = outputs.picks, inputs.valid_GS
     first_GS = np.argmax(outputs.probs_GSE, axis=-1)
@@ -244,10 +248,8 @@ def test_expert_choice__values_and_slopes(operations: Operations, plan: Plan) ->
         weight = tubes.scale(weight, 1.0 / np.maximum(is_held_GSE.sum(axis=-1, keepdims=True), 1), A64)
     dense = weighted(weight, expert_tubes(x_GSD, mask_GSEF, params.experts, plan.activation), params.b_shared_D)
     out = tubes.where(valid_GS[..., None], dense, exact(np.zeros(x_GSD.shape)))
-    count_GE = ((first_GS[..., None] == np.arange(E)) & valid_GS[..., None]).sum(axis=1)
-    aux = {"expert_selection": spread_tube(probs, valid_GS), "expert_choice": exact(0.0), "switch_max": balance_tubes(probs, count_GE, valid_GS)}[
-        plan.rule
-    ]
+    balance = balance_tubes(probs, first_GS[..., None] == np.arange(E), valid_GS, statics.aux)
+    aux = {"expert_selection": spread_tube(probs, valid_GS), "expert_choice": exact(0.0), "switch_max": balance}[plan.rule]
     z = z_tube(logits, valid_GS)
     for name, tube, got in (("out", out, outputs.out_GSD), ("aux_loss", aux, outputs.aux_loss), ("z_loss", z, outputs.z_loss)):
         assert_within(got, tube, name)
@@ -276,7 +278,7 @@ def test_expert_choice__rounds_where_it_says(operations: Operations, plan: Plan)
     narrow = POINTS._replace(out=bf16, gate=bf16, gradients=bf16, router=FORMATS["float32"], choice=FORMATS["tf32"])
     noise_GSD = 1.0 + random.normal(size=x_GSD.shape) / 8.0
     inputs = ExpertChoiceInputs(x_GSD, valid_mask(random, plan.pads, G, S), noise_GSD, np.ones((G, E, min(capacity, S), F)))
-    statics = ExpertChoiceStatics(plan.rule, capacity, TOP_2.aux, TOP_2.z, plan.activation, narrow)
+    statics = ExpertChoiceStatics(plan.rule, capacity, aux_of(plan.seed), TOP_2.z, plan.activation, narrow)
     outputs, saved = operations.expert_choice_forward(inputs, params, statics)
     gradients = arguments_of(*operations.expert_choice_backward(x_GSD, DAUX, DZ, saved, params, statics))
     operations.meets("narrow", outputs.picks.kept_GEC.any())

@@ -19,26 +19,30 @@ from properties.refusals import refusal
 from properties.variant_tubes import (
     A64,
     ACTIVATIONS,
+    MESH,
     POINTS,
     STEP,
     TOP_2,
     assert_within,
+    aux_of,
+    balance_tubes,
     expert_tubes,
     logits_tube,
     mask_of,
     random_experts,
     random_layer,
     weighted,
+    z_tube,
 )
 from refswitch.proof.adjoint import dot
 from refswitch.proof.finite_difference import difference_ratio
 from refswitch.reference.expert_parallel import ParallelInputs, ParallelStatics
 from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.switch import Statics, SwitchInputs, SwitchParams
+from refswitch.spec_data import with_knob
 from refswitch.verify import tubes
 from refswitch.verify.tubes import Tube, exact
 
-PLAIN = TOP_2  # padding is not zeroed, and counts in no loss
 FAR = 1024.0  # below the highest logit a probability is exactly 0
 
 
@@ -274,7 +278,7 @@ def on_ranks(operations: Operations, layout: Layout, data: Lattice, daux: float,
     """Run a layout forward and backward; what has an axis of tokens comes back in groups."""
     noise_GSD = np.broadcast_to(noise, data.x_GSD.shape)
     parts = ParallelInputs(*(layout.by_rank(part) for part in (data.x_GSD, data.valid_GS, noise_GSD, data.mask_GSF)))
-    statics = ParallelStatics(layout.cuts, layout.capacity, PLAIN.aux, PLAIN.z, activation, POINTS)
+    statics = ParallelStatics(layout.cuts, layout.capacity, aux_of(layout.seed), TOP_2.z, activation, POINTS)
     outputs, saved = operations.expert_parallel_forward(parts, data.params, statics)
     dx_ARgSD, dparams = operations.expert_parallel_backward(layout.by_rank(data.dout_GSD), daux, dz, saved, data.params, statics)
     return outputs, dx_ARgSD.reshape(data.x_GSD.shape), dparams
@@ -327,7 +331,7 @@ def test_expert_parallel__one_rank_is_the_switch_layer(operations: Operations, l
     data = Lattice(x_GSD, layout.valid(random), mask_of(random, G, layout.S, F), random.normal(size=x_GSD.shape), params)
     zeros_GSE, priority_GS = np.zeros((G, layout.S, E)), np.broadcast_to(np.arange(layout.S), (G, layout.S))
     inputs = SwitchInputs(x_GSD, data.valid_GS, noise_GSD, zeros_GSE, zeros_GSE, priority_GS, data.mask_GSF)
-    statics = Statics(PLAIN, POINTS, activation, layout.capacity)
+    statics = Statics(with_knob((TOP_2, MESH)[layout.seed % 2], "pad.zero_input", False), POINTS, activation, layout.capacity)
     theirs, saved = operations.switch_forward(inputs, params, statics)
     dx_GSD, dparams = operations.switch_backward(data.dout_GSD, 0.5, 0.25, saved, params, statics)
     ours, our_dx_GSD, our_dparams = on_ranks(operations, layout, data, 0.5, 0.25, activation, noise_GSD)
@@ -377,12 +381,7 @@ def dense_tubes(layout: Layout, data: Lattice, noise_GSD: np.ndarray, activation
     gate = tubes.where(chosen_GSE & kept_GS[..., None], probs, exact(np.zeros((G, S, E))))
     mask_GSEF = np.broadcast_to(data.mask_GSF[:, :, None], (G, S, E, data.mask_GSF.shape[-1]))
     out = weighted(gate, expert_tubes(data.x_GSD, mask_GSEF, data.params.experts, activation), data.params.b_shared_D)
-    f_GE = (chosen_GSE & data.valid_GS[..., None]).sum(axis=1) / S
-    P = tubes.total(tubes.where(np.broadcast_to(data.valid_GS[..., None], (G, S, E)), probs, exact(np.zeros((G, S, E)))), 1, A64, S)
-    aux = tubes.total(tubes.scale(tubes.multiply(P, exact(f_GE), A64), E / (S * G), A64), (0, 1), A64, G * E)
-    lse = tubes.log_sum_exp(logits, A64)
-    squares = tubes.where(data.valid_GS, tubes.multiply(lse, lse, A64), exact(np.zeros((G, S))))
-    z = tubes.scale(tubes.total(squares, (0, 1), A64, G * S), 1.0 / max(data.valid_GS.sum(), 1), A64)
+    aux, z = balance_tubes(probs, chosen_GSE, data.valid_GS, aux_of(layout.seed)), z_tube(logits, data.valid_GS)
     return tubes.where(data.valid_GS[..., None], out, exact(np.zeros(data.x_GSD.shape))), aux, z
 
 

@@ -19,6 +19,7 @@ from properties.variant_tubes import (
     TOP_2,
     assert_gradients,
     assert_within,
+    aux_of,
     balance_tubes,
     logits_tube,
     mask_of,
@@ -201,7 +202,7 @@ def test_switch_attention__values_and_slopes(operations: Operations, plan: Plan)
         x_BLD, valid_GS, 1.0 + random.normal(size=(G, S, D)) / 8.0, mask_of(random, G, S, F), random.normal(size=(H, L, L)), seen_BLL,
         mask_of(random, B, H, L, L),
     )  # fmt: skip
-    statics = SwitchAttentionStatics(plan.capacity, TOP_2.aux, TOP_2.z, plan.activation, POINTS)
+    statics = SwitchAttentionStatics(plan.capacity, aux_of(plan.seed), TOP_2.z, plan.activation, POINTS)
     dout_BLD = random.normal(size=x_BLD.shape)
     outputs, saved = operations.switch_attention_forward(inputs, params, statics)
     x_GSD, route = x_BLD.reshape(G, S, D), outputs.route
@@ -216,8 +217,7 @@ def test_switch_attention__values_and_slopes(operations: Operations, plan: Plan)
         for tube in heads_tubes(x_GSD, gate, route, inputs.hidden_mask_GSF, params, plan.activation)
     )
     out = mix_tube(query, key, inputs.bias_HLL, params.w_out_HKD, seen_BLL, inputs.factor_BHLL)
-    count_GE = ((expert_GS[..., None] == np.arange(E)) & valid_GS[..., None]).sum(axis=1)
-    aux, z = balance_tubes(probs, count_GE, valid_GS), z_tube(logits, valid_GS)
+    aux, z = balance_tubes(probs, expert_GS[..., None] == np.arange(E), valid_GS, statics.aux), z_tube(logits, valid_GS)
     named = {"out": (outputs.out_BLD, out), "aux_loss": (outputs.aux_loss, aux), "z_loss": (outputs.z_loss, z)}
     for name, (got, tube) in {**named, "query": (outputs.query_BLHK, query), "key": (outputs.key_BLHK, key)}.items():
         assert_within(got, tube, name)

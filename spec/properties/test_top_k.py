@@ -15,11 +15,13 @@ from properties.operations import Operations
 from properties.variant_tubes import (
     A64,
     ACTIVATIONS,
+    MESH,
     POINTS,
     TOP_2,
     arguments_of,
     assert_gradients,
     assert_within,
+    aux_of,
     balance_tubes,
     expert_tubes,
     layer_of,
@@ -353,7 +355,7 @@ def layer(plan: Plan, random: np.random.Generator) -> Layer:
     )  # fmt: skip
     counted = K if plan.is_all_counted else 1
     routing = (K, plan.choose_on, plan.gate, plan.policy, 0.2, plan.order, plan.capacity)
-    statics = TopKStatics(*routing, TOP_2.aux, counted, plan.second_loss, TOP_2.z, plan.activation, POINTS)
+    statics = TopKStatics(*routing, aux_of(plan.seed), counted, plan.second_loss, TOP_2.z, plan.activation, POINTS)
     return Layer(inputs, params, statics, random.normal(size=x_GSD.shape))
 
 
@@ -377,8 +379,8 @@ def layer_tubes(plan: Plan, call: Layer, outputs: Any) -> tuple[Tube, Tube, Tube
     out = weighted(weight, expert_tubes(inputs.x_GSD, mask_GSEF, params.experts, plan.activation), params.b_shared_D)
     out = tubes.where(inputs.valid_GS[..., None], out, exact(np.zeros(out.value.shape)))
     probs, counted = tubes.softmax(logits, A64), call.statics.counted_choices
-    chosen_GSKE = (claims.expert_GSK[..., None] == np.arange(E)) & inputs.valid_GS[..., None, None]
-    aux = balance_tubes(probs, chosen_GSKE[:, :, :counted].sum(axis=(1, 2)) / counted, inputs.valid_GS)
+    chosen_GSKE = claims.expert_GSK[..., None] == np.arange(E)
+    aux = balance_tubes(probs, chosen_GSKE[:, :, :counted].sum(axis=2) / counted, inputs.valid_GS, call.statics.aux)
     if plan.second_loss:
         scores_GSE = outputs.probs_GSE if plan.choose_on == "probs" else outputs.logits_GSE + inputs.choice_term_GSE
         best_GSK = np.array([[chosen_by_hand(scores_GSE[g, s].tolist(), 2) for s in range(S)] for g in range(G)]).reshape(G, S, -1)
@@ -443,7 +445,7 @@ def test_top_k__one_raw_choice_is_the_switch_layer(operations: Operations, plan:
     (inputs, params, statics, dout_GSD), (G, S, E) = layer(plan, random), plan[:3]
     outputs, saved = operations.top_k_forward(inputs, params, statics)
     mine = arguments_of(*operations.top_k_backward(dout_GSD, DAUX, DZ, saved, params, statics))
-    dialect = with_knob(TOP_2, "priority", "random")
+    dialect = with_knob(with_knob((TOP_2, MESH)[plan.seed % 2], "priority", "random"), "pad.zero_input", False)
     zeros_GSE = np.zeros((G, S, E))
     switch = SwitchInputs(*inputs[:4], zeros_GSE, inputs.priority_GS, inputs.hidden_mask_GSKF[:, :, 0])
     layer_statics = Statics(dialect, POINTS, plan.activation, plan.capacity)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from refswitch.config import TRUTH
+from refswitch.config import TRUTH, Aux
 from refswitch.proof.finite_difference import difference_ratio
 from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.switch import SwitchParams
@@ -137,12 +137,21 @@ def assert_gradients(
     return compared
 
 
-def balance_tubes(probs_GSE: Tube, count_GE: np.ndarray, valid_GS: np.ndarray) -> Tube:
-    """Return the mean over groups of E sum_e f_e P_e, padding in neither and every denominator S."""
+def aux_of(seed: int) -> Aux:
+    """Return one of two treatments of padding: in no sum; or in both sums, times each group's share of real tokens (Mesh TensorFlow's)."""
+    return (TOP_2, MESH)[seed % 2].aux
+
+
+def balance_tubes(probs_GSE: Tube, chosen_GSE: np.ndarray, valid_GS: np.ndarray, aux: Aux) -> Tube:
+    """Return the mean over groups of E sum_e f_e P_e, every denominator S, with one of the two treatments of padding."""
     G, S, E = probs_GSE.value.shape
-    shown = tubes.where(np.broadcast_to(valid_GS[..., None], probs_GSE.value.shape), probs_GSE, exact(np.zeros(probs_GSE.value.shape)))
+    read_GS = valid_GS if aux.P_pads == "exclude" else np.ones_like(valid_GS)
+    count_GE, scale_G1 = (chosen_GSE * read_GS[..., None]).sum(axis=1), np.ones((G, 1))
+    if aux.pad_scale == "nonpad_fraction":
+        scale_G1 = valid_GS.sum(axis=1, keepdims=True) / max(S, 1)
+    shown = tubes.where(np.broadcast_to(read_GS[..., None], probs_GSE.value.shape), probs_GSE, exact(np.zeros(probs_GSE.value.shape)))
     P_GE = tubes.total(shown, 1, A64, S)
-    return tubes.total(tubes.scale(multiply(P_GE, exact(count_GE), A64), E / (max(S, 1) ** 2 * G), A64), (0, 1), A64, G * E)
+    return tubes.total(tubes.scale(multiply(P_GE, exact(count_GE), A64), scale_G1 * E / (max(S, 1) ** 2 * G), A64), (0, 1), A64, G * E)
 
 
 def z_tube(logits_GSE: Tube, valid_GS: np.ndarray) -> Tube:
