@@ -1,7 +1,8 @@
 """refswitch's own kernels for the CPU as an adapter, in float32 and in simulated bfloat16 (float32 whose values lie on the bfloat16 grid).
 
 `refswitch verify cpu` judges both under the base dialect. The form of the experts follows the case: gated where it has `w_gate`, biased where it has
-biases; `gated` and `shared_bias` claim dialects in which such cases come. Deterministic on any number of threads, and `out` and `dx` of a token have
+biases; `gated` and `shared_bias` claim dialects in which such cases come, and `refswitch verify cpu::vmoe_top1` judges another record.
+Deterministic on any number of threads, and `out` and `dx` of a token have
 the same bits whatever else is in the batch, but for the losses' own gradients, which ask about the others.
 May import: numpy, refswitch.
 """
@@ -16,7 +17,7 @@ from refswitch.kernels.cpu.switch import per_token, switch_backward, switch_forw
 from refswitch.kernels.cpu.workspace import Workspace
 from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.switch import Statics, SwitchInputs, SwitchParams
-from refswitch.spec_data import load_dialect, load_profile
+from refswitch.spec_data import load_dialect, load_profile, names_of
 
 FEATURES = ["backward", "aux_loss", "z_loss", "noise", "padding", "groups", "bias", "gated", "expert_dropout", "empty"]
 ONE, ZERO = np.ones((1, 1, 1), np.float32), np.zeros((1, 1, 1), np.float32)
@@ -37,7 +38,7 @@ def params_of(case):
 def inputs_of(case):
     """The call's data; what the case does not have is one neutral element."""
     G, S, D = case.x.shape
-    noise, valid, mask = case.get("noise"), case.get("valid"), case.get("hidden_mask")
+    noise, valid, mask, priority = (case.get(name) for name in ("noise", "valid", "hidden_mask", "priority"))
     is_factor = noise is not None and noise.shape == (G, S, D)
     return SwitchInputs(
         x_GSD=case.x,
@@ -45,7 +46,7 @@ def inputs_of(case):
         noise_factor_GSD=noise if is_factor else ONE,
         noise_term_GSE=ZERO if noise is None or is_factor else noise,
         select_noise_GSE=ZERO,
-        priority_GS=np.zeros((1, 1), np.int64),
+        priority_GS=np.zeros((1, 1), np.int64) if priority is None else priority,
         hidden_mask_GSF=ONE if mask is None else mask,
     )
 
@@ -82,11 +83,10 @@ def switch_layer(case, base, profile):
     return named | {f"d{name}": value for name, value in gradients.items() if case.get(name) is not None}
 
 
-def adapter(profile, **knobs):
+def adapter(profile, base="mesh_tensorflow", **knobs):
     """The kernels as one adapter, with their claim."""
-    base = {"base": "mesh_tensorflow", **knobs}
-    layer = partial(switch_layer, base=base, profile=profile)
-    layer.dialect = base if knobs else "mesh_tensorflow"
+    layer = partial(switch_layer, base={"base": base, **knobs}, profile=profile)
+    layer.dialect = {"base": base, **knobs} if knobs else base
     layer.profile = {"base": profile, "deterministic": True, "batch_invariant": True}
     return layer
 
@@ -94,3 +94,4 @@ def adapter(profile, **knobs):
 ADAPTERS = {"float32": adapter("float32"), "bfloat16": adapter("bfloat16")}
 gated = adapter("float32", **{"expert.glu": True, "expert.act": "gelu_tanh", "expert.bias": "per_expert", "router.bias": True})
 shared_bias = adapter("bfloat16", **{"expert.act": "silu", "expert.bias": "shared_out", "pad.route": "include", "aux.P_pads": "exclude"})
+globals().update({name: adapter("float32", name) for name in names_of("dialects")})

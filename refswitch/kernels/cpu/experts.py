@@ -158,7 +158,7 @@ def experts_backward_rows(
 
 @kernel
 def rows_of_share(rows: int, before: int, cost: int, low: int, high: int) -> tuple[int, int]:
-    """Return the rows of a matrix that lie between `low` and `high` on the line of all work, where the matrix begins at `before` and is `cost` long."""
+    """Return the rows of a matrix that lie between `low` and `high` on the line of all work; it begins at `before` and is `cost` long."""
     first = 0 if low <= before else min(rows, rows * (low - before) // cost // TILE_ROWS * TILE_ROWS)
     last = rows if high >= before + cost else max(0, rows * (high - before) // cost // TILE_ROWS * TILE_ROWS)
     return (first, last) if low < before + cost and high > before else (0, 0)

@@ -1,7 +1,7 @@
 # May import: standard library, numpy, refswitch.config, refswitch.kernels.cpu.jit.
 """Balance loss and router z-loss, without their coefficients, from what the router's pass left; no pass over the logits of its own.
 
-Paper: eqs. (4) to (6); ST-MoE for the z-loss. Spec: S-AUX-1, S-Z-1, S-BACK-5, S-BACK-6. Next: `switch`. Sums run in float64, over the tokens in order.
+Paper: eqs. (4) to (6); ST-MoE for the z-loss. Spec: S-AUX-1, S-Z-1, S-BACK-5, S-BACK-6. Next: `switch`. Sums run in float64, token after token.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ def rows_forward_kernel(
     cut_P: np.ndarray, experts: Experts, b_shared_D: np.ndarray, form: Form,
 ) -> None:  # fmt: skip
     """Take each kept token to its expert and back. Thread p owns rows cut_P[p] to cut_P[p + 1] and their tokens, and of the tokens without
-    a row an equal share. Reads x, writes out, and reads the weights of the experts that its rows have."""
+    a row an equal share. Reads x, writes out, and reads the weights of the experts that its rows have.
+    """
     parts, T = cut_P.size - 1, out_TD.shape[0]
     for p in prange(parts):
         first, last = cut_P[p], cut_P[p + 1]
@@ -151,11 +152,9 @@ def refuse(dialect: Dialect, points: RoundingPoints) -> None:
     InputError
         If there is one: the backend `reference` computes every dialect.
     """
-    leaks = dialect.noise.leak_to_experts == "if_same_dtype" and points.router == points.x and dialect.noise.kind.startswith("x_")
     able = {
         "router.logit_cap": dialect.router.logit_cap == 0.0,
         "noise.gate_from": dialect.noise.kind == "none" or dialect.noise.gate_from == "noisy",
-        "noise.leak_to_experts": not leaks,
         "select.rule": dialect.select.rule == "argmax",
         "gate.value": dialect.gate.value == "p",
         "gate.site": dialect.gate.site == "output",
@@ -206,9 +205,11 @@ def _form(dialect: Dialect, points: RoundingPoints, activation: str, is_gated: b
 
 def _order(priority: str, gate_GS: np.ndarray, given_GS: np.ndarray) -> np.ndarray:
     """Return each group's positions in the order in which they are served, without elements where that is the order of arrival."""
-    if priority == "gate_desc":
-        return np.argsort(-gate_GS, axis=-1, kind="stable")
-    return np.argsort(given_GS, axis=-1, kind="stable") if priority == "random" else np.empty((0, 0), np.int64)
+    if priority not in ("gate_desc", "random"):
+        return np.empty((0, 0), np.int64)
+    if priority == "random" and given_GS.shape != gate_GS.shape:
+        raise InputError(f"switch_forward: priority_GS has shape {given_GS.shape}, but should be {gate_GS.shape}")
+    return np.argsort(given_GS if priority == "random" else -gate_GS, axis=-1, kind="stable")
 
 
 def switch_forward(inputs: Any, params: Any, statics: Any, workspace: Workspace) -> tuple[SwitchOutputs, SwitchSaved]:
@@ -240,6 +241,8 @@ def switch_forward(inputs: Any, params: Any, statics: Any, workspace: Workspace)
     experts, form = _experts_of(params.experts, E, D, F), _form(dialect, points, statics.activation, params.experts.w_gate_EDF is not None)
     x_TD = _matrix("x_GSD", inputs.x_GSD, (G, S, D))
     factor_TD = _optional("noise_factor_GSD", inputs.noise_factor_GSD, (G, S, D), 1.0)
+    if factor_TD.size and dialect.noise.leak_to_experts == "if_same_dtype" and points.router == points.x:
+        raise InputError("the cpu backend does not compute noise.leak_to_experts; the backend reference does")
     term_TE = _optional("noise_term_GSE", inputs.noise_term_GSE, (G, S, E), 0.0)
     mask_TF = _optional("hidden_mask_GSF", inputs.hidden_mask_GSF, (G, S, F), 1.0)
     valid_GS = np.ascontiguousarray(np.broadcast_to(inputs.valid_GS, (G, S)))
@@ -285,7 +288,7 @@ def switch_forward(inputs: Any, params: Any, statics: Any, workspace: Workspace)
     aux_loss, balance = balance_forward(sum_GE, count_GE, *rows_of_mean(valid_GS, route.kept_GS, dialect.aux), counts_GS, dialect.aux)
     z_loss, z_weight_GS = z_loss_forward(lse_T.reshape(G, S), valid_GS, dialect.z)
     outputs = SwitchOutputs(
-        out_TD.reshape(G, S, D), np.float64(aux_loss), np.float64(z_loss), logits_TE.reshape(G, S, E), probs_TE.reshape(G, S, E), route,
+        out_TD.reshape(G, S, D), np.asarray(aux_loss), np.asarray(z_loss), logits_TE.reshape(G, S, E), probs_TE.reshape(G, S, E), route,
         gate_T.reshape(G, S),
     )  # fmt: skip
     saved = SwitchSaved(
@@ -346,7 +349,7 @@ def switch_backward(
         saved.x_router_TD, dlogits_TE, form,
     )  # fmt: skip
     workspace.give(dz_act_NF, dz_linear_NF, dexpert_out_ND, dlogits_TE, dgate_T, panels_PX)
-    db_shared_D = np.zeros(D, np.float32)
+    db_shared_D: np.ndarray = np.zeros(D, np.float32)
     if statics.dialect.expert.bias == "shared_out":
         db_shared_D = np.sum(dout_TD[~saved.sits_out_T], axis=0, dtype=np.float64).astype(np.float32)
     fields = dexperts._asdict() | ({} if form.is_gated else {"w_gate_EDF": None})
