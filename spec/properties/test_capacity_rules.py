@@ -236,15 +236,15 @@ def test_no_token_left_behind__round_by_round(operations: Operations, seed: int,
 @clause("S-ROUTE-3", "S-CAP-2")
 @draws()
 def test_switch_forward__asks_as_many_experts_as_the_dialect_says(operations: Operations) -> None:
-    """Among 40 equal experts a token's choices are the first ones, in order: with one slot each, as many tokens are served as there are choices."""
+    """Of 40 experts every second is better, all alike: a token's choices are the first of those, and with one slot each as many tokens are served."""
     S, D, E, F = 5, 2, 40, 3
+    better_E = np.arange(E) % 2
     for choices in (1, 2, 3):
         dialect = load_dialect({"base": "mesh_tensorflow", "select.rule": "ntlb", "select.choices": choices})
         ones_GSD, none_GSE = np.ones((1, S, D)), np.zeros((1, S, E))
         inputs = SwitchInputs(ones_GSD, ones_GSD[..., 0] > 0, ones_GSD, none_GSE, none_GSE, np.arange(S)[None], np.ones((1, S, F)))
         experts = ExpertsParams(np.ones((E, D, F)), None, np.ones((E, F, D)), np.zeros((E, F)), np.zeros((E, F)), np.zeros((E, D)))
-        params = SwitchParams(np.zeros((D, E)), np.zeros(E), experts, np.zeros(D))
+        params = SwitchParams(np.broadcast_to(better_E.astype(np.float64), (D, E)), np.zeros(E), experts, np.zeros(D))
         outputs, _ = operations.switch_forward(inputs, params, Statics(dialect, TRUTH, "relu", 1))
-        served = min(choices, S)
-        assert outputs.route.expert_GS[0].tolist() == [*range(served), *[0] * (S - served)]
-        assert outputs.route.kept_GS[0].tolist() == [s < served for s in range(S)]
+        assert outputs.route.expert_GS[0].tolist() == [*(2 * k + 1 for k in range(choices)), *[1] * (S - choices)]
+        assert outputs.route.kept_GS[0].tolist() == [s < choices for s in range(S)]

@@ -119,6 +119,20 @@ def test_switch_forward__router_reads_a_rounded_copy(operations: Operations, pla
     assert_equal(found.expert_out_GSD[same_GS], wide.expert_out_GSD[same_GS], "expert_out_GSD")
 
 
+@clause("S-NOISE-2")
+@needs(wide=True)
+@draws(plan=plans("GSDEF", points=0, S=st.sampled_from((9, 11))))
+def test_switch_forward__leaks_where_no_copy_is_made(operations: Operations, plan: Plan) -> None:
+    """In a dialect that leaks, the experts read the noise where the router's format is that of the tokens, and nowhere else."""
+    leaky = dataclasses.replace(MESH, noise=dataclasses.replace(MESH.noise, leak_to_experts="if_same_dtype"))
+    call = call_of(operations, plan, leaky)
+    copy_GSD = call.inputs.x_GSD * call.inputs.noise_factor_GSD
+    noised = call._replace(inputs=call.inputs._replace(x_GSD=copy_GSD, noise_factor_GSD=np.ones_like(copy_GSD)))
+    clean = call._replace(dialect=MESH)
+    for points, other in ((TRUTH, noised), (narrow_at("x"), clean), (narrow_at("router"), clean)):
+        assert_equal(call.outputs(operations, points).expert_out_GSD, other.outputs(operations, points).expert_out_GSD, "expert_out_GSD")
+
+
 @clause("S-EXPERT-1", "S-PREC-1")
 @needs(wide=True)
 @draws(**LAYERS)
@@ -186,7 +200,7 @@ def out_tube(slots: dict[str, np.ndarray], params: ExpertsParams, activation: st
     return tubes.contract("gecf,efd->gecd", hidden, exact(params.w_out_EFD), arithmetic, params.w_out_EFD.shape[1], [bias])
 
 
-@clause("S-BACK-3", "S-BACK-4")
+@clause("S-EXPERT-1", "S-EXPERT-2", "S-BACK-3", "S-BACK-4")
 @needs(wide=True)
 @draws(plan=plans("GECDF", points=0, G=2), activation=st.sampled_from(("silu", "gelu_erf", "gelu_tanh")), is_gated=st.booleans())
 def test_experts_backward__every_argument(operations: Operations, plan: Plan, activation: str, is_gated: bool) -> None:
