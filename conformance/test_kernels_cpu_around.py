@@ -1,4 +1,4 @@
-# May import: standard library, numpy, numba, pytest, refswitch, conformance.
+# May import: standard library, numpy, scipy, numba, pytest, refswitch, conformance.
 """The CPU kernels around the Switch layer against tubes of the reference's text, their bits on any number of threads, and what they refuse.
 
 Style 31 (radii are derived), 32 to 35. What Numba reads at import is tested in processes of its own.
@@ -15,14 +15,16 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+from scipy.special import ndtr
 from threadpoolctl import threadpool_info
 
 from conformance import kernel_cases as cases
 from refswitch.errors import InputError
-from refswitch.kernels.cpu import attention, cross_entropy, elementwise, embedding, feed_forward, jit, norm
+from refswitch.kernels.cpu import attention, cross_entropy, elementwise, embedding, feed_forward, functions, jit, norm
 from refswitch.kernels.cpu.workspace import Workspace
 from refswitch.reference.attention import AttentionParams
 from refswitch.reference.feed_forward import FeedForwardParams
+from refswitch.spec_data import load_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT32 = cases.POINTS["float32"]
@@ -52,6 +54,40 @@ def test_kernel__within_its_radius(name: str, sizes: cases.Sizes) -> None:
 @pytest.mark.parametrize("points", ["selective", "bfloat16"])
 def test_kernel__rounds_at_its_points(name: str, points: str) -> None:
     assert list(cases.breaches(cases.play(name, cases.SMALL, cases.POINTS[points]))) == []
+
+
+@jit.kernel
+def _functions_rows(out: np.ndarray, x: np.ndarray) -> None:
+    for i in range(x.size):
+        out[0, i] = functions.exp(x[i])
+        out[1, i] = functions.sigmoid(x[i])
+        out[2, i] = functions.normal_cdf(x[i])
+        out[3, i] = functions.exp_of_negative(-abs(x[i]))
+
+
+def test_functions__errors_are_as_stated() -> None:
+    """Over the range in which results are normal numbers; and the profile allows as much."""
+    x = np.linspace(functions.LEAST, -functions.LEAST, (1 << 20) + 1).astype(np.float32)
+    x[:: 1 << 10] = np.linspace(-1.0, 1.0, x[:: 1 << 10].size)
+    out, wide = np.empty((4, x.size), np.float32), x.astype(np.float64)
+    _functions_rows(out, x)
+    with np.errstate(under="ignore"):
+        exact = np.stack([np.exp(wide), 1.0 / (1.0 + np.exp(-wide)), ndtr(wide), np.exp(-np.abs(wide))])
+    errors = np.abs(out - exact)
+    ulps = (errors / np.spacing(exact.astype(np.float32))).max(axis=1)
+    allowed = load_profile("float32").functions
+    assert ulps[0] <= functions.EXP_ULP <= allowed.exp_ulp
+    assert ulps[1] <= functions.SIGMOID_ULP
+    assert ulps[3] <= functions.EXP_ULP
+    assert errors[2].max() * 2**24 <= functions.NORMAL_CDF_UNITS <= allowed.erf_ulp
+
+
+def test_functions__at_the_ends() -> None:
+    x = np.array([-np.inf, np.nan, np.inf, 0.0, np.nextafter(functions.LEAST, np.float32(-np.inf))], np.float32)
+    out = np.empty((4, x.size), np.float32)
+    _functions_rows(out, x)
+    expected = [[0.0, np.nan, np.inf, 1.0, 0.0], [0.0, np.nan, 1.0, 0.5, 0.0], [0.0, np.nan, 1.0, 0.5, 0.0], [0.0, np.nan, 0.0, 1.0, 0.0]]
+    assert np.array_equal(out, np.array(expected, np.float32), equal_nan=True)
 
 
 def test_kernel__bits_do_not_depend_on_threads() -> None:

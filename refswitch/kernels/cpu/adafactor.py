@@ -1,4 +1,4 @@
-# May import: standard library, numpy, numba, refswitch.errors, refswitch.kernels.cpu (elementwise, jit, workspace).
+# May import: standard library, numpy, numba, refswitch.errors, refswitch.kernels.cpu (functions, jit, workspace).
 """Adafactor without momentum, with an explicit learning rate, as the paper trains; the tensor is updated in place.
 
 Paper: the training regime; Shazeer and Stern (2018). Both rules of the expert axis are as in the reference. Bound by memory: three passes, 24 bytes
@@ -16,7 +16,7 @@ import numpy as np
 from numba import prange
 
 from refswitch.errors import InputError
-from refswitch.kernels.cpu.elementwise import squares
+from refswitch.kernels.cpu.functions import squares
 from refswitch.kernels.cpu.jit import kernel, parallel_kernel
 from refswitch.kernels.cpu.workspace import Workspace
 

@@ -17,7 +17,7 @@ from refswitch.errors import InputError
 from refswitch.kernels.cpu.arrays import CHUNK, checked, chunks, same_shape
 from refswitch.kernels.cpu.bfloat16 import is_narrow, round_row, round_rows
 from refswitch.kernels.cpu.dense import BLOCK, ROWS, project, weight_gradient
-from refswitch.kernels.cpu.functions import INFINITY, ONE, ZERO, exp, maximum, product, total
+from refswitch.kernels.cpu.functions import INFINITY, ONE, ZERO, exp_of_negative, maximum, product, total
 from refswitch.kernels.cpu.jit import kernel, parallel_kernel
 from refswitch.kernels.cpu.matmul import matmul
 from refswitch.kernels.cpu.workspace import Workspace
@@ -62,15 +62,16 @@ def probs_rows(probs_LM: np.ndarray, query_LK: np.ndarray, key_MK: np.ndarray, b
         if form.has_bias:
             bias_M = bias_LM[i]
             for j in range(M):
-                row_M[j] += bias_M[j]
+                row_M[j] = row_M[j] + bias_M[j] if allowed_M[j] else -INFINITY
+        else:
+            for j in range(M):
+                row_M[j] = row_M[j] if allowed_M[j] else -INFINITY
         if form.is_score_narrow:
             round_row(row_M, row_M)
-        for j in range(M):
-            row_M[j] = row_M[j] if allowed_M[j] else -INFINITY
         highest = maximum(row_M)
         shift = ZERO if highest == -INFINITY else highest
         for j in range(M):
-            row_M[j] = exp(row_M[j] - shift)
+            row_M[j] = exp_of_negative(row_M[j] - shift)
         over = total(row_M)
         inverse = ONE if over == ZERO else ONE / over
         for j in range(M):

@@ -14,7 +14,7 @@ from numba import prange
 
 from refswitch.errors import InputError
 from refswitch.kernels.cpu.arrays import checked, chunks, same_shape
-from refswitch.kernels.cpu.functions import exp, maximum, total
+from refswitch.kernels.cpu.functions import exp_of_negative, maximum, total
 from refswitch.kernels.cpu.jit import kernel, parallel_kernel
 from refswitch.kernels.cpu.workspace import Workspace
 
@@ -43,7 +43,7 @@ def loss_row(logits_V: np.ndarray, target: int, smoothing: float, z_coef: float,
     for first in range(0, V, PIECE):
         piece = logits_V[first : min(first + PIECE, V)]
         for i in range(piece.size):
-            scratch[i] = exp(piece[i] - highest)
+            scratch[i] = exp_of_negative(piece[i] - highest)
         over += np.float64(total(scratch[: piece.size]))
         if smoothing > 0.0:
             logits_sum += np.float64(total(piece))
@@ -65,8 +65,8 @@ def dloss_row(
     factor = np.float32(scale * (1.0 + 2.0 * z * lse) / over)
     off = np.float32(scale * smoothing / (V - 1))
     for v in range(V):
-        dlogits_V[v] = exp(logits_V[v] - highest) * factor - off
-    dlogits_V[target] = exp(logits_V[target] - highest) * factor - np.float32(scale * (1.0 - smoothing))
+        dlogits_V[v] = exp_of_negative(logits_V[v] - highest) * factor - off
+    dlogits_V[target] = exp_of_negative(logits_V[target] - highest) * factor - np.float32(scale * (1.0 - smoothing))
 
 
 @parallel_kernel

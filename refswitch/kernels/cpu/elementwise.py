@@ -1,4 +1,4 @@
-# May import: standard library, numpy, numba, refswitch.numbers, refswitch.kernels.cpu (arrays, bfloat16, jit, workspace).
+# May import: standard library, numpy, numba, refswitch.numbers, refswitch.kernels.cpu (arrays, bfloat16, functions, jit, workspace).
 """The glue between operations, each in one pass: sums, factors, residuals, squared norms.
 
 Where the reference writes `x + out * factor` in a line of its own, this is that line. Rounding: whatever format is asked for.
@@ -11,6 +11,7 @@ from numba import prange
 
 from refswitch.kernels.cpu.arrays import CHUNK, checked, chunks, same_shape
 from refswitch.kernels.cpu.bfloat16 import is_narrow, round_bf16, round_row
+from refswitch.kernels.cpu.functions import squares
 from refswitch.kernels.cpu.jit import kernel, parallel_kernel
 from refswitch.kernels.cpu.workspace import Workspace
 from refswitch.numbers.precision import Format
@@ -78,26 +79,6 @@ def residual(x: np.ndarray, out: np.ndarray, factor: np.ndarray, format: Format,
         return added(x, out, format, workspace)
     same_shape("residual", x.shape, out=out, factor=factor)
     return _glue(x, out, factor, RESIDUAL, is_narrow(format), workspace)
-
-
-@kernel
-def squares(x: np.ndarray) -> float:
-    """Return the sum of squares of a row in float64: a square is exact there, and none overflows."""
-    a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = 0.0
-    whole = x.size // 8 * 8
-    for i in range(0, whole, 8):
-        a0 += np.float64(x[i]) * np.float64(x[i])
-        a1 += np.float64(x[i + 1]) * np.float64(x[i + 1])
-        a2 += np.float64(x[i + 2]) * np.float64(x[i + 2])
-        a3 += np.float64(x[i + 3]) * np.float64(x[i + 3])
-        a4 += np.float64(x[i + 4]) * np.float64(x[i + 4])
-        a5 += np.float64(x[i + 5]) * np.float64(x[i + 5])
-        a6 += np.float64(x[i + 6]) * np.float64(x[i + 6])
-        a7 += np.float64(x[i + 7]) * np.float64(x[i + 7])
-    result = ((a0 + a4) + (a1 + a5)) + ((a2 + a6) + (a3 + a7))
-    for i in range(whole, x.size):
-        result += np.float64(x[i]) * np.float64(x[i])
-    return result
 
 
 @parallel_kernel
