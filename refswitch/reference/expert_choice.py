@@ -201,12 +201,14 @@ def expert_choice_forward(
     is_first_GSE = (first_GS[..., None] == np.arange(read_GSE.shape[2])) | (statics.rule != "switch_max")
     picks = pick_tokens(read_GSE, valid_GS[..., None] & is_first_GSE, statics.capacity)
     gate_GEC = np.where(picks.kept_GEC, round_to(read_GSE[_entries(picks)], points.gate), 0.0)  # F4  R5
-    experts_GS1 = scatter(np.ones((*gate_GEC.shape, 1)), picks, S) if statics.rule == "expert_selection" else np.ones((*valid_GS.shape, 1))
-    share_GEC = 1.0 / np.maximum(gather(experts_GS1, picks)[..., 0], 1.0)
+    experts_GS1 = scatter(np.ones((*gate_GEC.shape, 1)), picks, S)
+    divides = statics.rule == "expert_selection"
+    share_GEC = 1.0 / np.maximum(gather(experts_GS1, picks)[..., 0], 1.0) if divides else np.ones_like(gate_GEC)
     weight_GEC = gate_GEC * share_GEC  # F5
     gathered_GECD = gather(inputs.x_GSD, picks)  # F6
+    in_use_GEC = np.ones(gate_GEC.shape)  # what the biases make of an empty slot has weight 0
     expert_out_GECD, _, experts_saved = experts_forward(
-        gathered_GECD, inputs.hidden_mask_GECF * picks.kept_GEC[..., None], picks.kept_GEC * 1.0, params.experts, statics.activation, points
+        gathered_GECD, inputs.hidden_mask_GECF, in_use_GEC, params.experts, statics.activation, points
     )  # F7
     sum_GSD = scatter(weight_GEC[..., None] * expert_out_GECD, picks, S) + params.b_shared_D  # F8
     out_GSD = np.where(valid_GS[..., None], round_to(sum_GSD, points.out), 0.0)  # F9  R9
