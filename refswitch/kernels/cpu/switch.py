@@ -349,9 +349,9 @@ def switch_backward(
         saved.x_router_TD, dlogits_TE, form,
     )  # fmt: skip
     workspace.give(dz_act_NF, dz_linear_NF, dexpert_out_ND, dlogits_TE, dgate_T, panels_PX)
-    db_shared_D: np.ndarray = np.zeros(D, np.float32)
+    db_shared_D = np.zeros(D, np.float32)
     if statics.dialect.expert.bias == "shared_out":
-        db_shared_D = np.sum(dout_TD[~saved.sits_out_T], axis=0, dtype=np.float64).astype(np.float32)
+        db_shared_D[:] = np.sum(dout_TD[~saved.sits_out_T], axis=0, dtype=np.float64)
     fields = dexperts._asdict() | ({} if form.is_gated else {"w_gate_EDF": None})
     dparams = params._replace(
         w_router_DE=dw_router_DE, b_router_E=db_router_E, experts=params.experts._replace(**fields), b_shared_D=db_shared_D
