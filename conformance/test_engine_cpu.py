@@ -22,10 +22,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "spec"))
 from engine_trace import trace_of
 from properties.model_tubes import attention_tubes, cross_entropy_tubes, feed_forward_tubes, norm_tubes, tied_logits_tubes
 
+from refswitch.backends import reference
 from refswitch.backends.cpu import Cpu
 from refswitch.checkpoints.template import template_of
+from refswitch.engine.decoding import generate
 from refswitch.engine.optimizer import Optimizer
-from refswitch.engine.step import Setup, initial_state, loss_and_gradients, rounded_tree
+from refswitch.engine.step import (
+    Setup,
+    TrainState,
+    check,
+    initial_state,
+    loss_and_gradients,
+    part_forward,
+    rounded_tree,
+    state_arrays,
+    state_from,
+    train_step,
+)
+from refswitch.errors import InputError
 from refswitch.model_config import PRESETS, ModelConfig
 from refswitch.numbers.bfloat16 import round_bf16
 from refswitch.precision import PRECISIONS, rounded
@@ -38,6 +52,7 @@ from refswitch.verify.cases import Prepared, Recipe, Target
 from refswitch.verify.compare_model import compare_trace, draw_inputs
 from refswitch.verify.judge import judge_case
 from refswitch.verify.tubes import Tube
+from refswitch.worlds.one import ONE
 
 HF = "hf_ge_5_18,capacity.constant=3,aux.f.count=choice,aux.layers=sum,noise.kind=none"
 TINY = replace(PRESETS["tiny_switch"], vocabulary=19, d_model=6, d_kv=3, d_ff=7, experts=3, dialect=HF)
@@ -74,7 +89,7 @@ def batch_of() -> Batch:
 
 @pytest.fixture(scope="module")
 def cpu() -> Cpu:
-    return Cpu(2)
+    return Cpu(1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -274,3 +289,132 @@ def test_engine__radius_notices(cpu: Cpu) -> None:
         first = call[0] if isinstance(call[0], np.ndarray) else call[0][0]
         first.flat[np.argmax(np.abs(first))] *= np.float32(1.0 + 2.0**-13)
         assert outside([calls[i]._replace(result=call[0])], "float32")[0] != [], operation
+
+
+def steps(setup: Setup, backend: Any, number: int) -> TrainState:
+    """Train on one batch."""
+    state = initial_state(params_of(setup.config), setup, backend)
+    for _ in range(number):
+        state, _ = train_step(state, batch_of(), setup, 0.05, backend)
+    return state
+
+
+def setup_of(setting: str = "float32", **changes: Any) -> Setup:
+    return Setup(MESH, PRECISIONS[setting], Optimizer("adafactor"), SEED)._replace(**changes)
+
+
+def different(found: TrainState, expected: TrainState) -> list[str]:
+    own, wanted = state_arrays(found), state_arrays(expected)
+    assert own.keys() == wanted.keys()
+    return [name for name, array in own.items() if not np.array_equal(array, wanted[name])]
+
+
+@pytest.mark.parametrize("setting", ["float32", "selective", "selective_master"])
+def test_train_step__same_bits_on_any_number_of_threads(setting: str, cpu: Cpu) -> None:
+    """Parameters and optimizer state after three steps; another seed is another run."""
+    setup = setup_of(setting, microbatches=2)
+    assert different(steps(setup, Cpu(2), 3), steps(setup, cpu, 3)) == []
+    assert different(steps(setup, cpu, 3), steps(setup._replace(seed=SEED + 1), cpu, 3)) != []
+
+
+class Poisoned(Cpu):
+    """A backend that fills with NaN whatever it takes back: who still reads it computes nonsense."""
+
+    def release(self, since: int, until: int, keep: Any) -> None:
+        """Release, and spoil."""
+        super().release(since, until, keep)
+        for buffers in self.workspace._free.values():
+            for buffer in buffers:
+                buffer.view(np.uint8)[:] = 0xFF
+
+
+@pytest.mark.parametrize("changes", [{}, {"microbatches": 2}, {"recompute": True}])
+def test_train_step__reads_nothing_that_it_gave_back(changes: dict[str, Any], cpu: Cpu) -> None:
+    """Buffers spoiled as soon as they are given back, and activations computed again, change no bit."""
+    assert different(steps(setup_of(**changes), Poisoned(1), 3), steps(setup_of(**changes | {"recompute": False}), cpu, 3)) == []
+
+
+def test_poisoned__notices() -> None:
+    """A step that releases what it still needs is caught: the stream is given back in the middle of a forward pass."""
+
+    class Hasty(Poisoned):
+        def mark(self) -> int:
+            super().release(0, self.workspace.mark(), ())
+            return super().mark()
+
+    with pytest.raises((ArithmeticError, AssertionError, IndexError)):
+        assert different(steps(setup_of(), Hasty(1), 1), steps(setup_of(), Cpu(1), 1)) == []
+
+
+def test_train_step__takes_no_new_memory() -> None:
+    """After a few steps every request finds a buffer, though the number of kept tokens changes; recomputation holds less at a time."""
+    peaks = {}
+    for recompute in (False, True):
+        setup = setup_of(recompute=recompute)._replace(config=replace(MESH, encoder_layers=4, encoder_sparse=(1, 3)))
+        backend = Cpu(1)
+        state = initial_state(params_of(setup.config), setup, backend)
+        held = []
+        for _ in range(12):
+            state, _ = train_step(state, batch_of(), setup, 0.05, backend)
+            held.append(backend.workspace.held_bytes)
+        assert held[-1] == held[-3], held
+        peaks[recompute] = backend.workspace.peak_bytes
+    assert peaks[True] < peaks[False]
+
+
+def test_train_step__resumes_to_the_same_bits(cpu: Cpu) -> None:
+    """Two steps, the state as arrays and back into another backend, one step: as three steps."""
+    setup = setup_of("selective_master")
+    stored = {name: array.copy() for name, array in state_arrays(steps(setup, cpu, 2)).items()}
+    resumed, _ = train_step(state_from(stored, steps(setup, cpu, 1)), batch_of(), setup, 0.05, Cpu(1))
+    assert different(resumed, steps(setup, cpu, 3)) == []
+
+
+def test_engine__routes_of_the_reference(cpu: Cpu) -> None:
+    """End to end, on the same weights and draws: a token goes elsewhere only where its two best logits are nearer than they moved."""
+    setup = setup_of()._replace(config=replace(MESH, d_model=24, d_ff=32))
+    tokens = batch_of()
+    outputs = []
+    for backend in (cpu, reference):
+        state = initial_state(params_of(setup.config), setup, backend)
+        with backend.running():
+            backend.begin()
+            outputs.append(copied(part_forward(state.params, tokens, setup, 3, 0, 16.0, backend, ONE, None)[0]))
+    moved = 0
+    for own, wanted in zip(*[each.encoder.switches + each.decoder.switches for each in outputs], strict=True):
+        distance_GS = np.max(np.abs(own.logits_GSE - wanted.logits_GSE), axis=-1)
+        best_GSE = np.sort(wanted.logits_GSE, axis=-1)
+        is_other_GS = own.route.expert_GS != wanted.route.expert_GS
+        moved += int(is_other_GS.sum())
+        assert np.all(~is_other_GS | (best_GSE[..., -1] - best_GSE[..., -2] <= 2.0 * distance_GS))
+    losses = [each.losses.cross_entropy for each in outputs]
+    ranges_BL = np.ptp(outputs[0].logits_BLV - outputs[1].logits_BLV, axis=-1)
+    rounding = float(model_loss_radius(outputs[0].logits_BLV, tokens))
+    assert abs(losses[0] - losses[1]) <= float(np.sum(ranges_BL * tokens.weight_BL)) / 16.0 + rounding
+    assert moved < tokens.weight_BL.size // 8, "near-ties are rare"
+
+
+def model_loss_radius(logits_BLV: np.ndarray, batch: Batch) -> np.ndarray:
+    arithmetic = tubes.arithmetic_of(load_profile("float32"))
+    return cross_entropy_tubes(logits_BLV.astype(float), batch.targets_BL, batch.weight_BL.astype(float), 16.0, 0.0, 0.0, arithmetic).value.radius
+
+
+@pytest.mark.parametrize(("changes", "setting", "said"), [
+    ({}, "float64", "precision float64: the backend cpu computes float32"), ({}, "bfloat16", "precision bfloat16"),
+    ({"dialect": "mesh_tensorflow,drop.output=x"}, "float32", "drop.output"),
+    ({"dialect": "mesh_tensorflow,aux.f.count=logits"}, "float32", "aux.f.count"),
+])  # fmt: skip
+def test_cpu__rejects_what_it_does_not_compute(changes: dict[str, Any], setting: str, said: str, cpu: Cpu) -> None:
+    """One line that names the knob."""
+    with pytest.raises(InputError, match=said):
+        check(Setup(replace(MESH, **changes), PRECISIONS[setting], Optimizer("adafactor"), SEED), cpu)
+
+
+def test_generate__is_the_references_answer(cpu: Cpu) -> None:
+    """Greedy answers of both backends agree as long as no two logits are near-tied, which they are not here."""
+    setup, batch = setup_of(), batch_of()
+    answers = []
+    for backend in (cpu, reference):
+        state = initial_state(params_of(MESH), setup, backend)
+        answers.append(np.stack(list(generate(batch.encoder_tokens_BM, batch.encoder_valid_BM, state.params, setup, backend, 6, 0, 1, 0)), axis=1))
+    assert np.array_equal(*answers)
