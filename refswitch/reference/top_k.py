@@ -179,9 +179,9 @@ def second_place_forward(probs_GSE: np.ndarray, expert_GSK: np.ndarray, valid_GS
 
 def second_place_backward(dvalue: float, saved: SecondSaved) -> np.ndarray:
     """Return dprobs_GSE. Gradient: dp_e = (dshare_e - sum_i share_i dshare_i) / total for all but the first choice."""
-    dshare_GSE = dvalue * saved.dvalue_dshare_G1E * np.ones_like(saved.share_GSE)  # B3
-    mean_GS1 = np.sum(saved.share_GSE * dshare_GSE, axis=-1, keepdims=True)
-    dleft_GSE = (dshare_GSE - mean_GS1) / saved.total_GS1  # B2
+    dshare_G1E = dvalue * saved.dvalue_dshare_G1E  # B3
+    mean_GS1 = np.sum(saved.share_GSE * dshare_G1E, axis=-1, keepdims=True)
+    dleft_GSE = (dshare_G1E - mean_GS1) / saved.total_GS1  # B2
     return np.where(saved.without_first_GSE, dleft_GSE, 0.0)  # B1
 
 

@@ -248,7 +248,7 @@ def test_expert_choice__values_and_slopes(operations: Operations, plan: Plan) ->
         weight = tubes.scale(weight, 1.0 / np.maximum(is_held_GSE.sum(axis=-1, keepdims=True), 1), A64)
     dense = weighted(weight, expert_tubes(x_GSD, mask_GSEF, params.experts, plan.activation), params.b_shared_D)
     out = tubes.where(valid_GS[..., None], dense, exact(np.zeros(x_GSD.shape)))
-    balance = balance_tubes(probs, first_GS[..., None] == np.arange(E), valid_GS, statics.aux)
+    balance = balance_tubes(probs, first_GS[..., None] == np.arange(E), valid_GS, is_held_GSE.any(axis=-1), statics.aux)
     aux = {"expert_selection": spread_tube(probs, valid_GS), "expert_choice": exact(0.0), "switch_max": balance}[plan.rule]
     z = z_tube(logits, valid_GS)
     for name, tube, got in (("out", out, outputs.out_GSD), ("aux_loss", aux, outputs.aux_loss), ("z_loss", z, outputs.z_loss)):

@@ -278,7 +278,7 @@ def on_ranks(operations: Operations, layout: Layout, data: Lattice, daux: float,
     """Run a layout forward and backward; what has an axis of tokens comes back in groups."""
     noise_GSD = np.broadcast_to(noise, data.x_GSD.shape)
     parts = ParallelInputs(*(layout.by_rank(part) for part in (data.x_GSD, data.valid_GS, noise_GSD, data.mask_GSF)))
-    statics = ParallelStatics(layout.cuts, layout.capacity, aux_of(layout.seed), TOP_2.z, activation, POINTS)
+    statics = ParallelStatics(layout.cuts, layout.capacity, aux_of(layout.seed, 2), TOP_2.z, activation, POINTS)
     outputs, saved = operations.expert_parallel_forward(parts, data.params, statics)
     dx_ARgSD, dparams = operations.expert_parallel_backward(layout.by_rank(data.dout_GSD), daux, dz, saved, data.params, statics)
     return outputs, dx_ARgSD.reshape(data.x_GSD.shape), dparams
@@ -381,7 +381,7 @@ def dense_tubes(layout: Layout, data: Lattice, noise_GSD: np.ndarray, activation
     gate = tubes.where(chosen_GSE & kept_GS[..., None], probs, exact(np.zeros((G, S, E))))
     mask_GSEF = np.broadcast_to(data.mask_GSF[:, :, None], (G, S, E, data.mask_GSF.shape[-1]))
     out = weighted(gate, expert_tubes(data.x_GSD, mask_GSEF, data.params.experts, activation), data.params.b_shared_D)
-    aux, z = balance_tubes(probs, chosen_GSE, data.valid_GS, aux_of(layout.seed)), z_tube(logits, data.valid_GS)
+    aux, z = balance_tubes(probs, chosen_GSE, data.valid_GS, kept_GS, aux_of(layout.seed, 2)), z_tube(logits, data.valid_GS)
     return tubes.where(data.valid_GS[..., None], out, exact(np.zeros(data.x_GSD.shape))), aux, z
 
 

@@ -217,7 +217,7 @@ def test_switch_attention__values_and_slopes(operations: Operations, plan: Plan)
         for tube in heads_tubes(x_GSD, gate, route, inputs.hidden_mask_GSF, params, plan.activation)
     )
     out = mix_tube(query, key, inputs.bias_HLL, params.w_out_HKD, seen_BLL, inputs.factor_BHLL)
-    aux, z = balance_tubes(probs, expert_GS[..., None] == np.arange(E), valid_GS, statics.aux), z_tube(logits, valid_GS)
+    aux, z = balance_tubes(probs, expert_GS[..., None] == np.arange(E), valid_GS, route.kept_GS, statics.aux), z_tube(logits, valid_GS)
     named = {"out": (outputs.out_BLD, out), "aux_loss": (outputs.aux_loss, aux), "z_loss": (outputs.z_loss, z)}
     for name, (got, tube) in {**named, "query": (outputs.query_BLHK, query), "key": (outputs.key_BLHK, key)}.items():
         assert_within(got, tube, name)

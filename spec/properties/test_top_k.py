@@ -380,7 +380,7 @@ def layer_tubes(plan: Plan, call: Layer, outputs: Any) -> tuple[Tube, Tube, Tube
     out = tubes.where(inputs.valid_GS[..., None], out, exact(np.zeros(out.value.shape)))
     probs, counted = tubes.softmax(logits, A64), call.statics.counted_choices
     chosen_GSKE = claims.expert_GSK[..., None] == np.arange(E)
-    aux = balance_tubes(probs, chosen_GSKE[:, :, :counted].sum(axis=2) / counted, inputs.valid_GS, call.statics.aux)
+    aux = balance_tubes(probs, chosen_GSKE[:, :, :counted].sum(axis=2) / counted, inputs.valid_GS, claims.kept_GSK.any(axis=-1), call.statics.aux)
     if plan.second_loss:
         scores_GSE = outputs.probs_GSE if plan.choose_on == "probs" else outputs.logits_GSE + inputs.choice_term_GSE
         best_GSK = np.array([[chosen_by_hand(scores_GSE[g, s].tolist(), 2) for s in range(S)] for g in range(G)]).reshape(G, S, -1)
@@ -445,7 +445,7 @@ def test_top_k__one_raw_choice_is_the_switch_layer(operations: Operations, plan:
     (inputs, params, statics, dout_GSD), (G, S, E) = layer(plan, random), plan[:3]
     outputs, saved = operations.top_k_forward(inputs, params, statics)
     mine = arguments_of(*operations.top_k_backward(dout_GSD, DAUX, DZ, saved, params, statics))
-    dialect = with_knob(with_knob((TOP_2, MESH)[plan.seed % 2], "priority", "random"), "pad.zero_input", False)
+    dialect = with_knob(with_knob((TOP_2, MESH, with_knob(TOP_2, "aux.denom", "kept"))[plan.seed % 3], "priority", "random"), "pad.zero_input", False)
     zeros_GSE = np.zeros((G, S, E))
     switch = SwitchInputs(*inputs[:4], zeros_GSE, inputs.priority_GS, inputs.hidden_mask_GSKF[:, :, 0])
     layer_statics = Statics(dialect, POINTS, plan.activation, plan.capacity)
@@ -457,16 +457,22 @@ def test_top_k__one_raw_choice_is_the_switch_layer(operations: Operations, plan:
 
 
 @clause("V-TOP-1", "V-TOP-2")
-@needs("narrow")
+@needs("narrow", "tie")
 @draws(examples=EXAMPLES[:1], plan=plans())
 def test_top_k__rounds_where_it_says(operations: Operations, plan: Plan) -> None:
-    """With storage in bfloat16 the output, the gate and every returned gradient lie on its grid, and the router's copy of x is rounded."""
+    """With storage in bfloat16 output, gates and gradients lie on its grid, the router's copy of x is rounded, and the choice reads the rounded."""
     random, bf16 = random_of(plan), FORMATS["bfloat16"]
-    inputs, params, statics, dout_GSD = layer(plan, random)
+    inputs, params, statics, dout_GSD = layer(plan._replace(choose_on="probs"), random)
+    params, zeros_GSE = params._replace(b_router_E=np.zeros(plan.E)), np.zeros_like(inputs.noise_term_GSE)
+    inputs = inputs._replace(x_GSD=inputs.x_GSD / 64.0, noise_term_GSE=zeros_GSE)  # probabilities that are equal when rounded
     narrow = POINTS._replace(out=bf16, gate=bf16, gradients=bf16, router=FORMATS["float32"], choice=bf16)
     outputs, saved = operations.top_k_forward(inputs, params, statics._replace(points=narrow))
     gradients = arguments_of(*operations.top_k_backward(dout_GSD, DAUX, DZ, saved, params, statics._replace(points=narrow)))
     operations.meets("narrow", outputs.claims.kept_GSK.any())
+    read_GSE = round_to(outputs.probs_GSE, bf16)
+    for g, s in np.ndindex(plan.G, plan.S):
+        assert outputs.claims.expert_GSK[g, s].tolist() == chosen_by_hand(read_GSE[g, s].tolist(), plan.K)
+        operations.meets("tie", len(np.unique(read_GSE[g, s])) < len(np.unique(outputs.probs_GSE[g, s])))
     for name, value in {"out": outputs.out_GSD, "gate": outputs.gate_GSK, **gradients}.items():
         assert np.array_equal(value, round_to(value, bf16)), name
     exact_copy = inputs._replace(noise_factor_GSD=np.ones_like(inputs.x_GSD), x_GSD=round_to(inputs.x_GSD * inputs.noise_factor_GSD, narrow.router))

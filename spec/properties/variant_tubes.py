@@ -137,21 +137,26 @@ def assert_gradients(
     return compared
 
 
-def aux_of(seed: int) -> Aux:
-    """Return one of two treatments of padding: in no sum; or in both sums, times each group's share of real tokens (Mesh TensorFlow's)."""
-    return (TOP_2, MESH)[seed % 2].aux
+def aux_of(seed: int, treatments: int = 3) -> Aux:
+    """Return one of some treatments of padding and denominators.
+
+    Padding in no sum; in both sums, times each group's share of real tokens (Mesh TensorFlow's); in no sum, and over the tokens that were kept.
+    """
+    return (TOP_2, MESH, with_knob(TOP_2, "aux.denom", "kept"))[seed % treatments].aux
 
 
-def balance_tubes(probs_GSE: Tube, chosen_GSE: np.ndarray, valid_GS: np.ndarray, aux: Aux) -> Tube:
-    """Return the mean over groups of E sum_e f_e P_e, every denominator S, with one of the two treatments of padding."""
+def balance_tubes(probs_GSE: Tube, chosen_GSE: np.ndarray, valid_GS: np.ndarray, kept_GS: np.ndarray, aux: Aux) -> Tube:
+    """Return the mean over groups of E sum_e f_e P_e, with one of the treatments of padding and denominators."""
     G, S, E = probs_GSE.value.shape
     read_GS = valid_GS if aux.P_pads == "exclude" else np.ones_like(valid_GS)
     count_GE, scale_G1 = (chosen_GSE * read_GS[..., None]).sum(axis=1), np.ones((G, 1))
     if aux.pad_scale == "nonpad_fraction":
         scale_G1 = valid_GS.sum(axis=1, keepdims=True) / max(S, 1)
+    rows_G1 = kept_GS.sum(axis=1, keepdims=True) if aux.denom == "kept" else np.full((G, 1), S)
+    factor_G1 = np.where(rows_G1 > 0, scale_G1 * E / (np.maximum(rows_G1, 1) ** 2 * G), 0.0)
     shown = tubes.where(np.broadcast_to(read_GS[..., None], probs_GSE.value.shape), probs_GSE, exact(np.zeros(probs_GSE.value.shape)))
     P_GE = tubes.total(shown, 1, A64, S)
-    return tubes.total(tubes.scale(multiply(P_GE, exact(count_GE), A64), scale_G1 * E / (max(S, 1) ** 2 * G), A64), (0, 1), A64, G * E)
+    return tubes.total(tubes.scale(multiply(P_GE, exact(count_GE), A64), factor_G1, A64), (0, 1), A64, G * E)
 
 
 def z_tube(logits_GSE: Tube, valid_GS: np.ndarray) -> Tube:
