@@ -133,6 +133,36 @@ def test_switch_forward__leaks_where_no_copy_is_made(operations: Operations, pla
         assert_equal(call.outputs(operations, points).expert_out_GSD, other.outputs(operations, points).expert_out_GSD, "expert_out_GSD")
 
 
+@clause("S-ROUTE-3", "S-GATE-1", "S-PREC-1")
+@needs("a choice that rounding changes", wide=True)
+@draws(**LAYERS)
+def test_switch_forward__chooses_on_rounded_probabilities(operations: Operations, plan: Plan, dialect: Dialect) -> None:
+    """R4: where probabilities are rounded for the choice, equal rounded ones go to the lowest index, and the gate is the rounded one."""
+    call = call_of(operations, plan, dialect)
+    call = call._replace(params=call.params._replace(w_router_DE=2.0**-9 * call.params.w_router_DE, b_router_E=2.0**-9 * call.params.b_router_E))
+    wide, found = call.outputs(operations), call.outputs(operations, narrow_at("choice"))
+    read_GSE = round_to(wide.probs_GSE, NARROW)
+    operations.meets("a choice that rounding changes", (np.argmax(read_GSE, axis=-1) != np.argmax(wide.probs_GSE, axis=-1)).any())
+    assert_equal(found.route.expert_GS, np.argmax(read_GSE, axis=-1), "expert_GS")
+    assert_equal(found.gate_GS, read_GSE.max(axis=-1), "gate_GS")
+
+
+@clause("S-NOISE-1")
+@draws(plan=plans("GSDEF", points=0))
+def test_noise_terms__by_rule(operations: Operations, plan: Plan) -> None:
+    """The noise is read by the gate, or by the choice alone; what rules an expert out is read by both, what draws one by the choice, times a half."""
+    inputs = call_of(operations, plan, MESH).inputs
+    noise, draw = np.cos(np.arange(inputs.noise_term_GSE.size)).reshape(inputs.noise_term_GSE.shape), inputs.noise_term_GSE + 3.0
+    inputs, none = inputs._replace(noise_term_GSE=noise, select_noise_GSE=draw), np.zeros_like(noise)
+    for rule, added_to_gate, added_to_choice in (("argmax", none, none), ("second_place", draw, none), ("sample", none, 0.5 * draw)):
+        for gate_from, read, chosen in (("noisy", noise, none), ("clean", none, noise)):
+            select = dataclasses.replace(MESH.select, rule=rule, temperature=0.5)
+            dialect = dataclasses.replace(MESH, select=select, noise=dataclasses.replace(MESH.noise, gate_from=gate_from))
+            of_gate_GSE, of_choice_GSE = operations.noise_terms(inputs, dialect)
+            assert_equal(of_gate_GSE, read + added_to_gate, f"{rule}, {gate_from}: for the gate")
+            assert_equal(of_choice_GSE, chosen + added_to_choice, f"{rule}, {gate_from}: for the choice")
+
+
 @clause("S-EXPERT-1", "S-PREC-1")
 @needs(wide=True)
 @draws(**LAYERS)

@@ -12,7 +12,7 @@ from refswitch.reference.experts import ExpertsParams
 from refswitch.reference.switch import Statics, SwitchInputs, SwitchParams
 from refswitch.spec_data import load_dialect
 
-RATIO = load_dialect({"base": "mesh_tensorflow", "gate.value": "ratio_st", "pad.route": "expert0_weight0"})
+RATIO = load_dialect({"base": "mesh_tensorflow", "gate.value": "ratio_st", "pad.route": "expert0_weight0", "pad.zero_input": False})
 
 
 def layer(operations: Operations, x_S: list[float], valid_S: list[bool], w_router_E: list[float], dout_S: list[float]) -> tuple[np.ndarray, ...]:
