@@ -95,6 +95,14 @@ def test_kernel__bits_do_not_depend_on_threads() -> None:
     assert (found.returncode, found.stdout) == (0, f"{len(cases.CASES)} cases played\n"), found.stderr
 
 
+def test_kernel__a_sum_cut_by_threads_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of half the rows, as two threads might have got them, add the same numbers in another order."""
+    before = cases.digest("norm", FLOAT32)
+    assert cases.digest("norm", FLOAT32) == before
+    monkeypatch.setattr(norm, "ROWS", norm.ROWS // 2)
+    assert cases.digest("norm", FLOAT32) != before
+
+
 def test_kernel__plain_python() -> None:
     found = child("-W", "error", "-m", "conformance.kernel_cases", "tiny", NUMBA_DISABLE_JIT="1")
     assert (found.returncode, found.stdout) == (0, f"{len(cases.CASES)} cases played\n"), found.stderr
