@@ -145,6 +145,9 @@ def test_switch_forward__chooses_on_rounded_probabilities(operations: Operations
     operations.meets("a choice that rounding changes", (np.argmax(read_GSE, axis=-1) != np.argmax(wide.probs_GSE, axis=-1)).any())
     assert_equal(found.route.expert_GS, np.argmax(read_GSE, axis=-1), "expert_GS")
     assert_equal(found.gate_GS, read_GSE.max(axis=-1), "gate_GS")
+    on_logits = call._replace(dialect=dataclasses.replace(dialect, select=dataclasses.replace(dialect.select, on="logits")))
+    found = on_logits.outputs(operations, narrow_at("choice"))
+    assert_equal(found.route.expert_GS, np.argmax(found.logits_GSE, axis=-1), "expert_GS, chosen on logits")
 
 
 @clause("S-NOISE-1")
