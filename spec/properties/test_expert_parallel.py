@@ -155,7 +155,7 @@ def test_cross_out__every_pair_of_ranks_has_its_share(operations: Operations, la
 @clause("E-CROSS-2")
 @draws(R=st.integers(2, 4), more=st.integers(1, 3))
 def test_cross_out__refuses_uneven_shares(operations: Operations, R: int, more: int) -> None:
-    """Experts that cannot be shared evenly are refused, not cut short. (https://github.com/pytorch/pytorch/issues/101380 cut.)"""
+    """Experts that cannot be shared evenly are refused, not cut short."""
     E = R * more + 1
     if E % R:
         assert f"{E} experts" in refusal(lambda: operations.cross_out(np.zeros((1, R, 1, E, 2, 3))))
