@@ -13,7 +13,7 @@
     keepdims    left out
     name        max for min, argmax for argmin, any for all, zeros for ones, floor for ceil, sum for mean, each also the other way round
     word        the sort that is not stable, the other side of a search
-    through     a rounding, an elementary function, a copy, a conversion or a transposition left out
+    through     a rounding, an elementary function, a copy, a conversion of an array or a transposition left out
     arguments   two neighbouring arguments exchanged, where their names end in the same axes; the branches of `where` in any case
     returns     the same for two neighbouring elements of what is returned
     keyword     `where=` and `initial=` left out
@@ -55,8 +55,9 @@ PAIRS = (
 )  # fmt: skip
 OTHER_NAME = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 OTHER_WORD = {"stable": "quicksort", "right": "left", "left": "right"}
-THROUGH = ("round_to", "exp", "sqrt", "square", "abs", "tanh", "log", "float", "int", "log1p", "expm1")
+THROUGH = ("round_to", "exp", "sqrt", "square", "abs", "tanh", "log", "log1p", "expm1")
 THROUGH_METHODS = ("copy", "astype")
+OTHERWISE = ("axis", "keepdims", "strict")  # keywords that `_of_keywords` changes, and one that is an assertion
 IN_ANY_ORDER = ("max", "min", "maximum", "minimum", "fmin", "fmax", "logaddexp")  # of arguments
 
 
@@ -283,9 +284,9 @@ class Place(NamedTuple):
 
 
 def places(node: ast.AST) -> Iterator[Place]:
-    """Yield the nodes below one in order of the source, without messages, annotations and axes (which `_of_keywords` changes)."""
+    """Yield the nodes below one in order of the source, without messages, annotations and the keywords of OTHERWISE."""
     for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns", "decorator_list") or (isinstance(node, ast.keyword) and node.arg in ("axis", "keepdims")):
+        if field in ("annotation", "returns", "decorator_list") or (isinstance(node, ast.keyword) and node.arg in OTHERWISE):
             continue
         for index, child in enumerate(value) if isinstance(value, list) else ((None, value),):
             if isinstance(child, ast.AST) and not isinstance(child, UNTOUCHED):
