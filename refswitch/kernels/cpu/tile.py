@@ -33,7 +33,7 @@ TILE_COLUMNS = 2 * LANES
 UNROLLED = 4  # steps per turn of the loop
 FLOAT_BYTES = 4
 
-FLOAT, INDEX, INT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
+FLOAT, INDEX, INT, BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
 VECTOR = ir.VectorType(FLOAT, LANES)
 
 
@@ -86,6 +86,10 @@ class Left(NamedTuple):
 def _emit_tile(builder: Any, rows: int, c: Any, c_row: Any, left: Left, b: Any, steps: Any, add: Any) -> None:
     memory = _Memory(builder)
     multiply_add = cgutils.get_or_insert_function(builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32")
+    prefetch = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT]), "llvm.prefetch.p0")
+    places = [[memory.at(c, builder.add(builder.mul(c_row, INDEX(row)), INDEX(half * LANES))) for half in range(2)] for row in range(rows)]
+    for place in (place for pair in places for place in pair):  # on its way while the sums are built
+        builder.call(prefetch, [builder.bitcast(place, BYTE.as_pointer()), INT(1), INT(3), INT(1)])
     zero = ir.Constant(VECTOR, [0.0] * LANES)
     sums = [[memory.variable(zero) for _ in range(2)] for _ in range(rows)]
     # three rows share a base: base, base + row and base + 2 row are addresses that one instruction forms
@@ -111,9 +115,8 @@ def _emit_tile(builder: Any, rows: int, c: Any, c_row: Any, left: Left, b: Any, 
     with builder.if_else(add) as (then, otherwise):
         for branch, is_added in ((then, True), (otherwise, False)):
             with branch:
-                for row, pair in enumerate(sums):
-                    for half, slot in enumerate(pair):
-                        place = memory.at(c, builder.add(builder.mul(c_row, INDEX(row)), INDEX(half * LANES)))
+                for pair, pair_of_places in zip(sums, places, strict=True):
+                    for slot, place in zip(pair, pair_of_places, strict=True):
                         value = builder.load(slot)
                         memory.put(builder.fadd(memory.vector(place), value) if is_added else value, place)
 
