@@ -39,5 +39,6 @@ raised.
 Reading order: `implementation` and `operations` (what is under test), `triggers` (which regimes a call met), `strategies` (which cases are drawn),
 `scenes` (a call that was played, and how two are compared), `lattice` (cases whose every bit is known), `harness` (what a property is); then the
 properties, along a token's way: `test_router`, `test_capacity`, `test_pack`, `test_padding`, `test_experts`, `test_losses`, `test_backward`,
-`test_state`; then `killing` and `test_traceability`.
+`test_state`; around the layer `drawn` (arrays of an example, comparisons), `model_tubes`, `model_scenes` (a small encoder-decoder) and
+one file for each of the reference; then `killing` and `test_traceability`.
 """

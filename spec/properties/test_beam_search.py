@@ -24,6 +24,7 @@ from refswitch.verify.tubes import OWN_UNIT, exact
 
 RULES, ALPHAS = st.sampled_from(("power", "wu")), st.sampled_from((0.0, 0.6, 1.0, 2.0))
 START, PAD = 3, 0
+TIED = [(1, 3, 2.0, "power", 0), (4, 3, 1.0, "power", 2)]  # beams, length, alpha, rule, end
 SMALL = Kind(sparse=(False,), tied=False, drops=False, quiet=True)
 
 
@@ -182,6 +183,33 @@ def test_beam_search__plain_loops(operations: Operations, seed: int, W: int, len
             assert beams.tokens_BWL[b, w].tolist() == [*tokens, *[PAD] * (length - len(tokens))], (b, w)
             assert abs(beams.score_BW[b, w] - score) <= near, (b, w)
         assert len(wanted.beams) == W
+
+
+@clause("T-BEAM-3")
+@needs("a row closed by a tie", wide=True)
+@draws(
+    examples=TIED,
+    W=st.integers(1, 4),
+    length=st.integers(1, 4),
+    alpha=ALPHAS,
+    rule=RULES,
+    end=st.integers(0, 8),
+)
+def test_beam_search__ties_by_index(operations: Operations, W: int, length: int, alpha: float, rule: str, end: int) -> None:
+    """Where all logits are equal every score is a tie: beams come by index, finished ones before new ones, and a tie closes a row."""
+    setup = unpacked(setup_of(SMALL))
+    setup = setup._replace(params=setup.params._replace(w_logits_DV=np.zeros((D, V))))
+    memory_BMD = memory_of(operations, setup)
+    call = memory_BMD, setup.batch.encoder_valid_BM, setup.params, step_statics(setup, B * W), W, length, START, end, PAD
+    beams, margin_B = operations.beam_search(*call, alpha, rule)
+    wanted = searched(lambda _: np.full(V, -np.log(V)), W, length, end, lambda size: operations.length_penalty(size, alpha, rule))
+    operations.meets("a row closed by a tie", wanted.closed_early)
+    assert beams.tokens_BWL.tolist() == [[[*tokens, *[PAD] * (length - len(tokens))] for _, tokens in wanted.beams]] * B
+    assert beams.score_BW.tolist() == [[score for score, _ in wanted.beams]] * B
+    assert margin_B.tolist() == [wanted.margin] * B
+    if (alpha, rule) == (1.0, "power"):
+        default, _ = operations.beam_search(*call)
+        assert_equal(default.score_BW, beams.score_BW, "score_BW")
 
 
 @clause("T-BEAM-3")

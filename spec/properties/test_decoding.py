@@ -19,7 +19,8 @@ from refswitch.verify.tubes import OWN_UNIT
 
 DECODED = (
     Kind(drops=False, quiet=True),
-    Kind("flax_masked_switch_base", False, drops=False, quiet=True, sparse=(True,), decoder=(True, False, True)),
+    Kind("flax_masked_switch_base", False, sparse=(True,), decoder=(True, False, True), drops=False, quiet=True),
+    Kind("mesh_tensorflow,priority=random", sparse=(True,), drops=False, quiet=True),
 )
 
 
@@ -55,7 +56,7 @@ def stepped(operations: Operations, setup: Setup, memory_BMD: np.ndarray, tokens
 
 @clause("T-DEC-1")
 @needs("padding in the memory", "sparse", wide=True)
-@draws(seed=SEEDS, kind=st.sampled_from(DECODED))
+@draws(examples=[(seed, kind) for seed, kind in enumerate(DECODED)], seed=SEEDS, kind=st.sampled_from(DECODED))
 def test_decode_step__is_the_whole_pass(operations: Operations, seed: int, kind: Kind) -> None:
     """Teacher-forced steps have the logits of one pass over all tokens, to the roundings of float64, where no capacity binds."""
     setup = unpacked(setup_of(kind, seed))
@@ -76,6 +77,8 @@ def test_decode_step__is_the_whole_pass(operations: Operations, seed: int, kind:
 def test_decode_step__first_token_in_every_format(operations: Operations, plan: tuple[int, int], kind: Kind) -> None:
     """The first step has the bits of a pass over one token, rounded at the same points."""
     setup = unpacked(setup_of(kind, plan[1], *SETTINGS[plan[0]]))
+    wide = setup.params.embedding_VD * (1.0 + 2.0**-20)  # a table that keeps more digits than what is handed on
+    setup = setup._replace(params=setup.params._replace(embedding_VD=wide))
     operations.meets("narrow points", plan[0] > 0)
     memory_BMD, batch = memory_of(operations, setup), setup.batch
     x_BLD = operations.embed_forward(batch.decoder_tokens_BL[:, :1], setup.params.embedding_VD)
@@ -127,7 +130,7 @@ def shares(operations: Operations, share_V: np.ndarray, top_p: float, temperatur
 
 @clause("T-DEC-3")
 @needs("a token outside of the nucleus", "equal tokens at its border", "another temperature", wide=True)
-@draws(seed=SEEDS, temperature=st.sampled_from((1.0, 0.5, 4.0)), words=st.integers(2, 6))
+@draws(examples=[(1, 1.0, 40), (2, 4.0, 5)], seed=SEEDS, temperature=st.sampled_from((1.0, 0.5, 4.0)), words=st.sampled_from((2, 3, 5, 40)))
 def test_pick_sampled__exact_shares(operations: Operations, seed: int, temperature: float, words: int) -> None:
     """Probabilities that are whole parts of a sum: every token of the nucleus is drawn in exactly its share of an even grid, no other at all."""
     random = np.random.default_rng(seed)
@@ -156,11 +159,14 @@ def test_pick_sampled__by_hand(operations: Operations) -> None:
     assert operations.pick_sampled(logits_BV, uniform_B, 1.0, 1.0).tolist() == [1, 2, 2, 0]
     assert operations.pick_sampled(logits_BV, uniform_B, 1.0, 0.0).tolist() == [1, 1, 1, 1]
     assert operations.pick_sampled(np.array([[0.0, 0.0], [-900.0, 900.0]]), np.array([0.25, 0.75]), 0.5, 1.0).tolist() == [0, 1]
+    evens_BV = np.zeros((1, 2))  # at the borders: half is reached by one token, and half is not below the uniform that picks the second
+    assert operations.pick_sampled(evens_BV, np.array([0.75]), 1.0, 0.5).tolist() == [0]
+    assert operations.pick_sampled(evens_BV, np.array([0.5]), 1.0, 1.0).tolist() == [1]
 
 
 @clause("T-DEC-4")
 @needs("an end before the last token", "a row that never ends", "sampled", wide=True)
-@draws(seed=SEEDS, kind=st.sampled_from(DECODED), temperature=st.sampled_from((0.0, 1.5)))
+@draws(examples=[(1, DECODED[0], 0.75)], seed=SEEDS, kind=st.sampled_from(DECODED), temperature=st.sampled_from((0.0, 1.5, 0.75)))
 def test_decode__token_by_token(operations: Operations, seed: int, kind: Kind, temperature: float) -> None:
     """Each token is the choice from the step's logits after its own prefix, padding after the end; margins are those of the steps."""
     setup, length, start, pad = unpacked(setup_of(kind, seed)), 5, 3, 0
