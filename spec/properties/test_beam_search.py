@@ -24,6 +24,7 @@ from refswitch.verify.tubes import OWN_UNIT, exact
 
 RULES, ALPHAS = st.sampled_from(("power", "wu")), st.sampled_from((0.0, 0.6, 1.0, 2.0))
 START, PAD = 3, 0
+CLOSE = [(3, 1, 4, 0.6, "power", 1), (3, 2, 5, 1.0, "power", 0)]  # the margin is that between going on and closing
 TIED = [(1, 3, 2.0, "power", 0), (4, 3, 1.0, "power", 2)]  # beams, length, alpha, rule, end
 SMALL = Kind(sparse=(False,), tied=False, drops=False, quiet=True)
 
@@ -160,7 +161,7 @@ NEAR = 64.0 * D * F * H * K * V * OWN_UNIT  # of a sum of log-probabilities, rel
 
 @clause("T-BEAM-3")
 @needs("a row closed early", "an end beyond the first beams", "a length penalty", wide=True)
-@draws(seed=SEEDS, W=st.integers(1, 4), length=st.integers(1, 5), alpha=ALPHAS, rule=RULES, common=st.integers(0, 3))
+@draws(examples=CLOSE, seed=SEEDS, W=st.integers(1, 4), length=st.integers(1, 5), alpha=ALPHAS, rule=RULES, common=st.integers(0, 3))
 def test_beam_search__plain_loops(operations: Operations, seed: int, W: int, length: int, alpha: float, rule: str, common: int) -> None:
     """Beams, scores and margins are those of a search with lists that feeds every prefix from the start, row by row."""
     setup = unpacked(setup_of(SMALL, seed))
