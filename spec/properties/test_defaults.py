@@ -102,6 +102,15 @@ def test_adamw_update__refuses_any_number_that_is_none(operations: Operations) -
         assert "should be finite" in refusal(lambda bad=bad: operations.adamw_update(good, bad, state, 0.5))
 
 
+@clause("O-RATE-2")
+@draws()
+def test_schedules__say_which_number_is_wrong(operations: Operations) -> None:
+    """What is no step and what is no warm-up are told apart."""
+    for call in (lambda **given: operations.constant(rate=1.0, **given), lambda **given: operations.linear(rate=1.0, total=9, **given)):
+        assert "step is -1 and warm_up 3" in refusal(lambda call=call: call(step=-1, warm_up=3))
+        assert "step is 3 and warm_up -1" in refusal(lambda call=call: call(step=3, warm_up=-1))
+
+
 @clause("T-LOSS-1", "T-LOSS-2")
 @needs(wide=True)
 @draws()
