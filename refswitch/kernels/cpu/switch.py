@@ -4,10 +4,11 @@
 Paper: 2.1, 2.2, figure 2. Spec: the chapter on the Switch layer. Read `router`, `capacity`, `pack`, `experts` and `losses` first.
 
 Three passes over memory forward, four backward. Between `rows` and `tokens` a thread owns what it writes: a row belongs to one token, so the trip
-to the expert, the expert and the way back are one pass. Float32 memory, in numbers (T tokens, N of them kept, F hidden width, k = 1 where ReLU
-is not gated, 2 where another activation is not gated, 3 where gated), beside inputs and parameters:
-forward T D (out) + 2 T E + 2 N D + k N F; backward T D (dx) + T E + 2 N D + (1, gated 2) N F + the parameters once more; and PANELS for each thread.
-The router's copy of x is T D more where noise or padding changes it.
+to the expert, the expert and the way back are one pass. Float32 memory, in numbers (T tokens, F hidden width, k = 1 where ReLU is not gated, 2 where
+another activation is not gated, 3 where gated), beside inputs and parameters:
+forward T D (out) + 2 T E + 2 T D + k T F; backward T D (dx) + T E + 2 T D + (1, gated 2) T F + the parameters once more; and PANELS for each thread.
+The router's copy of x is T D more where noise or padding changes it. Rows have room for every token: how many are kept changes from step to step,
+and buffers of a size that changes would not be found again.
 """
 
 from __future__ import annotations
@@ -270,9 +271,9 @@ def switch_forward(inputs: Any, params: Any, statics: Any, workspace: Workspace)
     rows, cut_P = rows._replace(token_N=rows.token_N[:N]), np.empty(threads + 1, np.int64)
     row_cuts(cut_P, rows.start_E, ROWS_OF_AN_EXPERT)
 
-    packed_ND, expert_out_ND, hidden_NF = take((N, D)), take((N, D)), take((N, F))
-    z_act_NF = hidden_NF if form.activation == RELU and not form.is_gated else take((N, F))
-    z_linear_NF = take((N, F)) if form.is_gated else NOTHING
+    packed_ND, expert_out_ND, hidden_NF = take((T, D))[:N], take((T, D))[:N], take((T, F))[:N]
+    z_act_NF = hidden_NF if form.activation == RELU and not form.is_gated else take((T, F))[:N]
+    z_linear_NF = take((T, F))[:N] if form.is_gated else NOTHING
     out_TD, panels_PX = take((T, D)), take((threads, PANELS))
     b_shared_D = _matrix("b_shared_D", params.b_shared_D, (D,)).reshape(D) if dialect.expert.bias == "shared_out" else NOTHING[0:0].reshape(0)
     rows_forward_kernel(
@@ -329,8 +330,8 @@ def switch_backward(
     dout_TD, experts = _matrix("dout_GSD", dout_GSD, (G, S, D)), _experts_of(params.experts, E, D, F)
     cut_P, panels_PX = np.empty(threads + 1, np.int64), take((threads, PANELS))
     row_cuts(cut_P, rows.start_E, ROWS_OF_AN_EXPERT)
-    dx_TD, dgate_T, dexpert_out_ND, dpacked_ND, dz_act_NF = take((T, D)), take((T,)), take((N, D)), take((N, D)), take((N, F))
-    dz_linear_NF = take((N, F)) if form.is_gated else NOTHING
+    dx_TD, dgate_T, dexpert_out_ND, dpacked_ND, dz_act_NF = take((T, D)), take((T,)), take((T, D))[:N], take((T, D))[:N], take((T, F))[:N]
+    dz_linear_NF = take((T, F))[:N] if form.is_gated else NOTHING
     rows_backward_kernel(
         dx_TD, dgate_T, dexpert_out_ND, dpacked_ND, dz_act_NF, dz_linear_NF, panels_PX, dout_TD, saved.gate_T, saved.expert_out_ND,
         saved.hidden_NF, saved.z_act_NF, saved.z_linear_NF, saved.mask_TF, rows, cut_P, experts, form,

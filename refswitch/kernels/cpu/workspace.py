@@ -3,20 +3,17 @@
 
 A fresh array costs more than its kernel where the system hands out pages one fault at a time. What is taken stays its taker's until it is given back
 or the workspace is reset, which the owner does when a step's results have been used. Contents are whatever the last user left: a kernel writes every
-element of its outputs, so nothing is cleared. A free buffer serves a request that is up to SLACK smaller: the number of kept tokens changes a little
-from step to step, and soon every request finds a buffer.
+element of its outputs, so nothing is cleared. A free buffer serves requests of its own size alone; so sizes should not depend on data.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
 from collections.abc import Iterable
 
 import numpy as np
 
 ALIGNMENT = 64  # bytes of a cache line, and of the widest vector register
-SLACK = 1.125  # largest size of a buffer over what is asked for
 
 
 def _aligned(nbytes: int) -> np.ndarray:
@@ -34,7 +31,6 @@ class Workspace:
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
-        self._sizes: list[int] = []  # of the buffers that there are, rising
         self._taken: dict[int, tuple[int, np.ndarray]] = {}  # by address: when it was taken, in takes since the beginning; the buffer
         self._takes = 0
         self.held_bytes = 0  # of every buffer, free or taken
@@ -46,23 +42,15 @@ class Workspace:
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if size == 0:
             return np.empty(shape, dtype)
-        buffer = self._fitting(size)
+        free = self._free.setdefault(size, [])
+        buffer = free.pop() if free else self._new(size)
         self._taken[_address(buffer)] = (self._takes, buffer)
         self._takes += 1
-        self.taken_bytes += buffer.nbytes
+        self.taken_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.taken_bytes)
-        return buffer[:size].view(dtype).reshape(shape)
+        return buffer.view(dtype).reshape(shape)
 
-    def _fitting(self, size: int) -> np.ndarray:
-        """Return the smallest free buffer that fits, or a new one."""
-        for i in range(bisect_left(self._sizes, size), len(self._sizes)):
-            if self._sizes[i] > SLACK * size:
-                break
-            if free := self._free[self._sizes[i]]:
-                return free.pop()
-        if size not in self._free:
-            self._free[size] = []
-            insort(self._sizes, size)
+    def _new(self, size: int) -> np.ndarray:
         self.held_bytes += size
         return _aligned(size)
 
