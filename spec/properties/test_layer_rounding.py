@@ -166,6 +166,21 @@ def test_noise_terms__by_rule(operations: Operations, plan: Plan) -> None:
             assert_equal(of_choice_GSE, chosen + added_to_choice, f"{rule}, {gate_from}: for the choice")
 
 
+@clause("S-ROUTE-3")
+@draws(plan=plans("GSE", points=0))
+def test_scores_of__by_rule(operations: Operations, plan: Plan) -> None:
+    """A choice that is drawn, or whose noise the gate does not read, is made on logits plus its term; any other on what the dialect names."""
+    scene = Scene(operations, plan)
+    probs_GSE, logits_GSE, term_GSE = scene.normal("GSE"), scene.normal("GSE"), scene.normal("GSE")
+    for rule in ("argmax", "second_place", "sample"):
+        for gate_from in ("noisy", "clean"):
+            for on, named in (("probs", round_to(probs_GSE, NARROW)), ("logits", logits_GSE)):
+                select = dataclasses.replace(MESH.select, rule=rule, on=on)
+                dialect = dataclasses.replace(MESH, select=select, noise=dataclasses.replace(MESH.noise, gate_from=gate_from))
+                found = operations.scores_of(probs_GSE, logits_GSE, term_GSE, Statics(dialect, narrow_at("choice"), "relu", 1))
+                assert_equal(found, logits_GSE + term_GSE if rule == "sample" or gate_from == "clean" else named, f"{rule}, {gate_from}, {on}")
+
+
 @clause("S-EXPERT-1", "S-PREC-1")
 @needs(wide=True)
 @draws(**LAYERS)
