@@ -98,6 +98,7 @@ class _KeyedLocator(_CacheLocator):
     options: str
 
     def __init__(self, py_func: Callable[..., Any], py_file: str):
+        self._py_file = py_file  # Numba names it where it cannot keep a function
         self.key, self.line = _key_of(py_file, self.options), py_func.__code__.co_firstlineno
         root = config.CACHE_DIR or AppDirs(appname="refswitch", appauthor=False).user_cache_dir
         self.folder = Path(root) / "kernels" / f"{Path(py_file).stem}-{self.key}"
