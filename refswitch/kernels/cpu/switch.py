@@ -98,7 +98,8 @@ def rows_forward_kernel(
     a row an equal share. Reads x, writes out, and reads the weights of the experts that its rows have.
     """
     parts, T = cut_P.size - 1, out_TD.shape[0]
-    for p in prange(parts):
+    for thread in prange(parts):
+        p = np.int64(thread)  # prange counts in unsigned integers, and a signed times an unsigned one is a float
         first, last = cut_P[p], cut_P[p + 1]
         pack(packed_ND[first:last], x_TD, rows.token_N[first:last], zeroed_T)
         experts_forward(
@@ -116,7 +117,8 @@ def rows_backward_kernel(
 ) -> None:  # fmt: skip
     """Undo `rows_forward_kernel` for tokens and gates; owners as there. Dropped tokens get a gradient of 0."""
     parts, T = cut_P.size - 1, dx_TD.shape[0]
-    for p in prange(parts):
+    for thread in prange(parts):
+        p = np.int64(thread)  # prange counts in unsigned integers, and a signed times an unsigned one is a float
         first, last = cut_P[p], cut_P[p + 1]
         token_M = rows.token_N[first:last]
         pack_weighed(dexpert_out_ND[first:last], dgate_T, dout_TD, expert_out_ND[first:last], gate_T, token_M)
@@ -139,7 +141,8 @@ def weights_backward_kernel(
 ) -> None:  # fmt: skip
     """Write the gradients of all weights. Thread p owns its part of each; reads what the rows left, and writes every gradient once."""
     parts = panels_PX.shape[0]
-    for p in prange(parts):
+    for thread in prange(parts):
+        p = np.int64(thread)
         experts_weights_part(dexperts, packed_ND, dz_act_NF, dz_linear_NF, hidden_NF, dexpert_out_ND, start_E, form, p, parts, panels_PX[p])
         experts_biases_part(dexperts, dz_act_NF, dz_linear_NF, dexpert_out_ND, start_E, form, p, parts)
         router_weights_part(dw_router_DE, db_router_E, x_router_TD, dlogits_TE, form.rounds_gradients, p, parts)
@@ -246,7 +249,7 @@ def switch_forward(inputs: Any, params: Any, statics: Any, workspace: Workspace)
         raise InputError("the cpu backend does not compute noise.leak_to_experts; the backend reference does")
     term_TE = _optional("noise_term_GSE", inputs.noise_term_GSE, (G, S, E), 0.0)
     mask_TF = _optional("hidden_mask_GSF", inputs.hidden_mask_GSF, (G, S, F), 1.0)
-    valid_GS = np.ascontiguousarray(np.broadcast_to(inputs.valid_GS, (G, S)))
+    valid_GS = np.array(np.broadcast_to(inputs.valid_GS, (G, S)), order="C")  # writable: Numba compiles anew for what is not
     is_pad_T = ~valid_GS.reshape(T)
     zeroed_T = is_pad_T if dialect.pad.zero_input is True else np.zeros(T, bool)
     sits_out_T = is_pad_T if dialect.pad.route != "include" else np.zeros(T, bool)
