@@ -130,7 +130,7 @@ def assert_within(got: Any, tube: Tube, name: str, scene: Scene) -> None:
     assert got.dtype == scene.dtype, f"{name} has dtype {got.dtype}, should be {np.dtype(scene.dtype)}"
     assert got.shape == tube.value.shape, f"{name} has shape {got.shape}, should be {tube.value.shape}"
     bad = np.argwhere(~(tubes.ratio(got, tube) <= 1.0))
-    if bad.size:
+    if len(bad):
         index = tuple(int(i) for i in bad[0])
         wanted = f"{float(tube.value[index])!r} within {float(tube.radius[index]):.3g}"
         raise AssertionError(f"{coordinate(name, index)} is {float(got[index])!r}, should be {wanted} ({len(bad)} of {got.size} elements)")
@@ -141,7 +141,7 @@ def assert_equal(got: Any, wanted: Any, name: str) -> None:
     got, wanted = np.asarray(got), np.asarray(wanted)
     assert got.shape == wanted.shape, f"{name} has shape {got.shape}, should be {wanted.shape}"
     bad = np.argwhere(~((got == wanted) | ((got != got) & (wanted != wanted))))
-    if bad.size:
+    if len(bad):
         index = tuple(int(i) for i in bad[0])
         raise AssertionError(f"{coordinate(name, index)} is {got[index]!r}, should be {wanted[index]!r} ({len(bad)} of {got.size} elements)")
 
@@ -191,4 +191,4 @@ def assert_near(got: Any, other: Any, tube: Tube, name: str) -> None:
     got, other = np.asarray(got), np.asarray(other)
     assert got.shape == other.shape, f"{name} has shape {got.shape}, should be {other.shape}"
     bad = np.argwhere(~(np.abs(got.astype(np.float64) - other) <= 2.0 * tube.radius))
-    assert not bad.size, f"{coordinate(name, tuple(int(i) for i in bad[0]))} differs between two evaluations ({len(bad)} of {got.size} elements)"
+    assert not len(bad), f"{coordinate(name, tuple(int(i) for i in bad[0]))} differs between two evaluations ({len(bad)} of {got.size} elements)"
