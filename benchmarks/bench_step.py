@@ -356,7 +356,8 @@ def bench(size: Size, rows: int, rounds: int, forms: list[str]) -> dict[str, Any
     print(f"    a step then takes {brief / 2**20:.2f} MiB for a while and {lasting} bytes for good")
     return {
         "size": size._asdict(), "batch": rows, "tokens": tokens, "times": {name: taken._asdict() for name, taken in times.items()},
-        "best_peer": best, "refused": refused, "threads": os.cpu_count(), "ratio": ratio, "flops": flops, "limit_flops_per_second": limit, "fraction_of_limit": fraction, "losses": losses, "parts": parts,
+        "best_peer": best, "refused": refused, "threads": os.cpu_count(), "ratio": ratio,
+        "flops": flops, "limit_flops_per_second": limit, "fraction_of_limit": fraction, "losses": losses, "parts": parts,
         "memory": memory | {"predicted": predicted},
     }  # fmt: skip
 
