@@ -161,6 +161,30 @@ def test_matmul__bits_depend_on_row_and_column_alone(layout: str) -> None:
         assert part.tobytes() == np.ascontiguousarray(whole[rows, columns]).tobytes()
 
 
+@pytest.mark.parametrize(("features", "lanes"), [({"avx2": True}, 8), ({}, 4)])
+def test_matmul__narrower_registers(features: dict[str, bool], lanes: int, tmp_path: Path) -> None:
+    """The tile of a processor with shorter vectors computes the same: the features are planted, in a process with a cache of its own."""
+    script = (
+        f"import llvmlite.binding as binding; binding.get_host_cpu_features = lambda: binding.FeatureMap({features})\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {Path(__file__).stem} as t\n"
+        f"assert t.TILE_COLUMNS == 2 * {lanes}\n"
+        "t.few_products()"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def few_products() -> None:
+    """Compare products of small integers with int64's, on sides around the tile's."""
+    rng = np.random.default_rng(0)
+    sides = (1, TILE_ROWS + 1, TILE_COLUMNS, 2 * TILE_COLUMNS + 3)
+    for M, N, K, layout in itertools.product(sides, sides, (1, DEPTH + 3), ("whole", "transposed")):
+        a, b, out = rng.integers(-8, 9, (M, K)), rng.integers(-8, 9, (K, N)), np.empty((M, N), np.float32)
+        product(out, laid_out(a.astype(np.float32), layout), laid_out(b.astype(np.float32), layout), False)
+        assert np.array_equal(out, a @ b)
+
+
 # The layer, judged.
 
 
