@@ -380,3 +380,15 @@ def test_train_step__names_the_first_place_that_is_no_number() -> None:
     state.params.decoder.blocks[1].self_attention.norm_D[0] = np.nan
     with pytest.raises(NonFiniteError, match=r"step 0: the objective is nan; first at decoder\.blocks\.1"):
         train_step(state, batch, setup, 0.05, reference)
+
+
+def test_train_step__refuses_a_gradient_that_is_no_number() -> None:
+    """The objective is one and a gradient is not: nothing is updated."""
+    setup = setup_of("plain")
+    params, batch = start(setup.config)
+    state = initial_state(params, setup, reference)
+    before = {path: leaf.copy() for path, leaf in leaves(state.params).items()}
+    broken = patched(embed_backward=lambda dx, tokens, V: np.full((V, dx.shape[-1]), np.inf))
+    with pytest.raises(NonFiniteError, match="the gradient of embedding_VD is no number"):
+        train_step(state, batch, setup, 0.05, broken)
+    assert [path for path, leaf in leaves(state.params).items() if not np.array_equal(leaf, before[path])] == []

@@ -21,6 +21,10 @@ Arrays = dict[str, Any]
 OptimizerTree = Any  # a parameter tree with an AdafactorState or AdamWState in the place of each tensor that moves, None in the others
 
 
+class NonFiniteError(ArithmeticError):
+    """The objective or a gradient is no number; the message names the first place that holds none."""
+
+
 class Optimizer(NamedTuple):
     """One rule of update; the rate comes with each step."""
 
@@ -72,8 +76,17 @@ def states_of(tree: OptimizerTree, params: ModelParams) -> Arrays:
 
 
 def clipped(gradients: Arrays, limit: float, backend: Backend) -> tuple[Arrays, float]:
-    """Return the gradients, scaled together to the norm `limit` where their norm is greater and there is a limit, and the norm before."""
-    norm = math.sqrt(sum(backend.squared_norm(gradient) for gradient in gradients.values()))
+    """Return the gradients, scaled together to the norm `limit` where their norm is greater and there is a limit, and the norm before.
+
+    Raises
+    ------
+    NonFiniteError
+        Where a gradient holds a NaN or an infinity.
+    """
+    squares = {path: backend.squared_norm(gradient) for path, gradient in gradients.items()}
+    norm = math.sqrt(sum(squares.values()))
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"the gradient of {next(path for path, square in squares.items() if not math.isfinite(square))} is no number")
     if not (limit and norm > limit):
         return gradients, norm
     return {path: backend.scaled_by(gradient, limit / norm) for path, gradient in gradients.items()}, norm

@@ -22,6 +22,7 @@ from refswitch.backends.protocol import UNROUNDED, Backend
 from refswitch.engine.metrics import LayerMetrics, layer_metrics, layer_sums
 from refswitch.engine.model import ModelSaved, Soft, first_non_finite, head_forward, hidden_forward, model_backward, model_forward
 from refswitch.engine.noise import Address, check_noise, draw_noise
+from refswitch.engine.optimizer import NonFiniteError as NonFiniteError
 from refswitch.engine.optimizer import Optimizer, OptimizerTree, initial_optimizer, stored, update
 from refswitch.errors import InputError
 from refswitch.model_config import ModelConfig
@@ -74,10 +75,6 @@ class Evaluation(NamedTuple):
     weight: float
     correct: float  # weighted number of targets whose logit is the highest
     layers: tuple[LayerMetrics, ...]
-
-
-class NonFiniteError(ArithmeticError):
-    """The objective is no number; the message names the first place that holds none."""
 
 
 def check(setup: Setup, backend: Backend) -> None:
@@ -238,7 +235,7 @@ def train_step(
     InputError
         As `loss_and_gradients`.
     NonFiniteError
-        Where the objective is no number; the state has not been touched.
+        Where the objective or a gradient is no number; the state has not been touched.
     """
     with backend.running():
         backend.begin()
