@@ -214,6 +214,23 @@ def test_beam_search__ties_by_index(operations: Operations, W: int, length: int,
 
 
 @clause("T-BEAM-3")
+@needs(wide=True)
+@draws(seed=SEEDS, W=st.sampled_from((4, 3)))
+def test_beam_search__two_levels(operations: Operations, seed: int, W: int) -> None:
+    """Where words have one of two logits most candidates of a beam are ties, and the lowest index among them goes on."""
+    setup = unpacked(setup_of(SMALL, seed))
+    two_DV = np.zeros((D, V))
+    two_DV[0] = np.random.default_rng(seed).integers(0, 2, V)  # one feature alone: equal columns have equal bits however a product is summed
+    setup = setup._replace(params=setup.params._replace(w_logits_DV=two_DV))
+    memory_BMD = memory_of(operations, setup)
+    statics = step_statics(setup, B * W)
+    beams, _ = operations.beam_search(memory_BMD, setup.batch.encoder_valid_BM, setup.params, statics, W, 2, START, V, PAD)
+    for b in range(B):
+        wanted = searched(log_probs_of(operations, setup, memory_BMD, b), W, 2, V, float)
+        assert beams.tokens_BWL[b].tolist() == [list(tokens) for _, tokens in wanted.beams]
+
+
+@clause("T-BEAM-3")
 @needs("an end", wide=True)
 @draws(seed=SEEDS)
 def test_beam_search__one_beam_is_greedy(operations: Operations, seed: int) -> None:

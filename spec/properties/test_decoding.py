@@ -44,24 +44,24 @@ def memory_of(operations: Operations, setup: Setup) -> np.ndarray:
     return operations.model_forward(*setup)[0].encoder.out_BLD
 
 
-def stepped(operations: Operations, setup: Setup, memory_BMD: np.ndarray, tokens_BL: np.ndarray) -> tuple[np.ndarray, Cache]:
-    """Feed tokens one by one; return the logits of each step and the last cache."""
+def stepped(operations: Operations, setup: Setup, memory_BMD: np.ndarray, tokens_BL: np.ndarray, groups: int = B) -> tuple[np.ndarray, Cache]:
+    """Feed tokens one by one, a step's cut into groups; return the logits of each step and the last cache."""
     cache = operations.start_cache(memory_BMD, setup.batch.encoder_valid_BM, setup.params, setup.statics.decoder.around)
     steps = []
     for token_B in tokens_BL.T:
-        logits_BV, cache = operations.decode_step(token_B, cache, setup.params, step_statics(setup))
+        logits_BV, cache = operations.decode_step(token_B, cache, setup.params, step_statics(setup, groups))
         steps.append(logits_BV)
     return np.stack(steps, axis=1), cache
 
 
 @clause("T-DEC-1")
 @needs("padding in the memory", "sparse", wide=True)
-@draws(examples=[(seed, kind) for seed, kind in enumerate(DECODED)], seed=SEEDS, kind=st.sampled_from(DECODED))
-def test_decode_step__is_the_whole_pass(operations: Operations, seed: int, kind: Kind) -> None:
+@draws(examples=[(i, kind, 1) for i, kind in enumerate(DECODED)], seed=SEEDS, kind=st.sampled_from(DECODED), groups=st.sampled_from((B, 1)))
+def test_decode_step__is_the_whole_pass(operations: Operations, seed: int, kind: Kind, groups: int) -> None:
     """Teacher-forced steps have the logits of one pass over all tokens, to the roundings of float64, where no capacity binds."""
     setup = unpacked(setup_of(kind, seed))
     outputs, _ = operations.model_forward(*setup)
-    logits_BLV, cache = stepped(operations, setup, outputs.encoder.out_BLD, setup.batch.decoder_tokens_BL)
+    logits_BLV, cache = stepped(operations, setup, outputs.encoder.out_BLD, setup.batch.decoder_tokens_BL, groups)
     operations.meets("padding in the memory", not setup.batch.encoder_valid_BM.all())
     operations.meets("sparse", len(outputs.decoder.switches) > 0)
     terms = D * F * H * K * len(setup.params.decoder.blocks)  # as if every step rounded the largest logit
