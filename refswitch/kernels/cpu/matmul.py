@@ -19,10 +19,10 @@ from refswitch.kernels.cpu.jit import kernel
 from refswitch.kernels.cpu.shared import shared
 from refswitch.kernels.cpu.tile import FLOAT_BYTES, LANES, TILE_COLUMNS, TILE_ROWS, load, move_columns, move_rows, store, tile, turn
 
-DEPTH = 256  # a panel of DEPTH x TILE_COLUMNS is 32 KiB
+DEPTH = 256  # a panel of DEPTH x TILE_COLUMNS is 32 KiB, and a row longer: panels a power of two apart would share few sets of the cache
 WIDTH = 1024  # a block of DEPTH x WIDTH is 1 MiB
 ASIDE = TILE_ROWS * (TILE_COLUMNS + DEPTH)  # floats of a tile and of a strip of the left operand
-PANELS = DEPTH * WIDTH + ASIDE  # floats of the buffer that a product packs into
+PANELS = (DEPTH + 1) * WIDTH + ASIDE  # floats of the buffer that a product packs into
 
 
 def matmul(out_MN: np.ndarray, a_MK: np.ndarray, b_KN: np.ndarray, accumulate: bool) -> None:
@@ -48,7 +48,7 @@ def _matmul_in_kernels(out_MN: Any, a_MK: Any, b_KN: Any, accumulate: Any) -> An
     def product(out_MN: Any, a_MK: Any, b_KN: Any, accumulate: Any) -> Any:  # the outer function's annotations: Numba compares them
         depth, width = min(a_MK.shape[1], DEPTH), min(b_KN.shape[1], WIDTH)
         columns = (width + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS
-        panels = np.empty(depth * columns + ASIDE, np.float32)
+        panels = np.empty((depth + 1) * columns + ASIDE, np.float32)
         matmul_in(panels, out_MN, a_MK, b_KN, accumulate)
 
     return product
@@ -80,7 +80,7 @@ def _matmul_in_in_kernels(panels: Any, out_MN: Any, a_MK: Any, b_KN: Any, accumu
 def pack_panels(panels: int, b: int, step: int, across: int, K: int, N: int) -> None:
     """Copy a block of the right operand into panels of TILE_COLUMNS columns, row after row; columns beyond the block are zero."""
     whole = N // TILE_COLUMNS * TILE_COLUMNS
-    panel_size, squares = K * TILE_COLUMNS, 0 if across == 1 or step != 1 else K // LANES * LANES
+    panel_size, squares = (K + 1) * TILE_COLUMNS, 0 if across == 1 or step != 1 else K // LANES * LANES
     for k in range(0 if across == 1 else squares, K if across == 1 else squares):
         for panel in range(whole // TILE_COLUMNS):
             move_columns(panels + (panel * panel_size + k * TILE_COLUMNS) * FLOAT_BYTES, b + (k * step + panel * TILE_COLUMNS) * FLOAT_BYTES)
@@ -95,7 +95,7 @@ def pack_panels(panels: int, b: int, step: int, across: int, K: int, N: int) -> 
         for k in range(K):
             for n in range(whole, whole + TILE_COLUMNS):
                 value = load(b + (k * step + n * across) * FLOAT_BYTES) if n < N else np.float32(0.0)
-                store(panels + (whole * K + k * TILE_COLUMNS + n - whole) * FLOAT_BYTES, value)
+                store(panels + (whole * (K + 1) + k * TILE_COLUMNS + n - whole) * FLOAT_BYTES, value)
 
 
 @kernel
@@ -130,7 +130,7 @@ def blocked_product(
                     pack_strip(strip, left, a_row, a_step, bottom - top, depth)
                     left, left_row, left_step = strip, 1, TILE_ROWS
                 for j in range(0, width, TILE_COLUMNS):
-                    columns, panel = min(TILE_COLUMNS, width - j), panels + j * depth * FLOAT_BYTES
+                    columns, panel = min(TILE_COLUMNS, width - j), panels + j * (depth + 1) * FLOAT_BYTES
                     is_whole, corner = columns == TILE_COLUMNS, out + (top * out_row + n + j) * FLOAT_BYTES
                     # a tile that sticks out on the right is computed beside the matrix
                     target, target_row = (corner, out_row) if is_whole else (edge, TILE_COLUMNS)
