@@ -17,7 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from operators import forked, mutate, record
+from operators import forked, record
 from operators.mutate import Mutant, mutants_of_tree
 from operators.properties import REFERENCE, Property, clauses_of, collect, files, sources_of
 from operators.record import Argument, Verdicts, all_mutants, change_of, kinds, load_argued, stale
@@ -154,8 +154,8 @@ def test_apply__reaches_every_importer() -> None:
     cube = next(mutant for mutant in all_mutants().values() if mutant.id.startswith("experts:<module>:constant") and "0.044715" in mutant.before)
 
     def check() -> None:
-        mutate.apply(wrong)
-        mutate.apply(cube)
+        forked.apply(wrong)
+        forked.apply(cube)
         assert feed_forward.activate is experts.activate
         assert feed_forward.activate(experts.np.array([-1.0, 2.0]), "relu").tolist() == [-1.0, 0.0]
         assert experts.GELU_CUBE == 1.044715

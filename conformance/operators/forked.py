@@ -10,20 +10,48 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import NamedTuple
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 
-from .mutate import Mutant, apply
+from .mutate import MODULE, Mutant
 from .properties import Property
 
+PACKAGE = "refswitch.reference"
 SECONDS = 20.0  # of the processor's time for one property: the slowest takes a few, and a busy machine takes none of it
 MEMORY = 8 << 30  # bytes: a mutant that asks for more is noticed by the error
+
+
+def apply(mutant: Mutant) -> None:
+    """Make the mutant what everybody calls, in this process, for good.
+
+    A function keeps its identity and gets other code, so whoever imported it by name calls the mutant; a constant is rebound everywhere.
+    """
+    module = sys.modules[f"{PACKAGE}.{mutant.file}"]
+    namespace = dict(vars(module))
+    code = compile(mutant.source, f"<{mutant.id}>", "exec", flags=annotations.compiler_flag, dont_inherit=True)
+    exec(code, namespace)
+    if mutant.function == MODULE:
+        _rebind(module, namespace)
+        return
+    ours, theirs = getattr(module, mutant.function), namespace[mutant.function]
+    assert isinstance(ours, FunctionType)
+    ours.__code__, ours.__defaults__, ours.__kwdefaults__ = theirs.__code__, theirs.__defaults__, theirs.__kwdefaults__
+
+
+def _rebind(module: ModuleType, namespace: dict[str, Any]) -> None:
+    old = {name: value for name, value in vars(module).items() if namespace[name] is not value}
+    for other in [other for name, other in sys.modules.items() if name.startswith("refswitch.")]:
+        for name, value in old.items():
+            if vars(other).get(name) is value:
+                setattr(other, name, namespace[name])
 
 
 class Verdict(NamedTuple):

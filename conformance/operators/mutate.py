@@ -26,18 +26,14 @@ FILE:FUNCTION:OPERATOR:ORDINAL, which no edit of another function changes; `<mod
 """
 
 from __future__ import annotations
-import __future__
 
 import ast
 import copy
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 MODULE = "<module>"
-PACKAGE = "refswitch.reference"
 UNTOUCHED = (ast.Raise, ast.Assert, ast.JoinedStr)
 
 OTHER_BINARY = {
@@ -326,28 +322,3 @@ def mutants_of_file(path: Path) -> list[Mutant]:
     """Return all mutants of a file, in order of the source."""
     found = [mutant for name, tree in parts_of(path.read_text(encoding="utf-8")).items() for mutant in mutants_of_tree(path.stem, name, tree)]
     return sorted(found, key=lambda mutant: mutant.line)
-
-
-def apply(mutant: Mutant) -> None:
-    """Make the mutant what everybody calls, in this process, for good.
-
-    A function keeps its identity and gets other code, so whoever imported it by name calls the mutant; a constant is rebound everywhere.
-    """
-    module = sys.modules[f"{PACKAGE}.{mutant.file}"]
-    namespace = dict(vars(module))
-    code = compile(mutant.source, f"<{mutant.id}>", "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
-    exec(code, namespace)
-    if mutant.function == MODULE:
-        _rebind(module, namespace)
-        return
-    ours, theirs = getattr(module, mutant.function), namespace[mutant.function]
-    assert isinstance(ours, FunctionType)
-    ours.__code__, ours.__defaults__, ours.__kwdefaults__ = theirs.__code__, theirs.__defaults__, theirs.__kwdefaults__
-
-
-def _rebind(module: ModuleType, namespace: dict[str, Any]) -> None:
-    old = {name: value for name, value in vars(module).items() if namespace[name] is not value}
-    for other in [other for name, other in sys.modules.items() if name.startswith("refswitch.")]:
-        for name, value in old.items():
-            if vars(other).get(name) is value:
-                setattr(other, name, namespace[name])

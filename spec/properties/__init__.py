@@ -39,6 +39,7 @@ raised.
 Reading order: `implementation` and `operations` (what is under test), `triggers` (which regimes a call met), `strategies` (which cases are drawn),
 `scenes` (a call that was played, and how two are compared), `lattice` (cases whose every bit is known), `harness` (what a property is); then the
 properties, along a token's way: `test_router`, `test_capacity`, `test_pack`, `test_padding`, `test_experts`, `test_losses`, `test_backward`,
-`test_state`; around the layer `drawn` (arrays of an example, comparisons), `model_tubes`, `model_scenes` (a small encoder-decoder) and
-one file for each of the reference; then `killing` and `test_traceability`.
+`test_state`, function by function in `test_capacity_rules`, `test_loss_rules`, `test_straight_through`, point by point in `test_layer_rounding`, in
+every dialect against rational numbers in `test_exact`; around the layer `drawn` (arrays of an example, comparisons), `model_tubes`, `model_scenes`
+(a small encoder-decoder) and one file for each of the reference; then `killing` and `test_traceability`.
 """
