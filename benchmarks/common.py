@@ -25,6 +25,7 @@ import threadpoolctl
 
 SQUARE = 2048  # the matrices of the product's limit: 24 MiB of operands, far beyond a core's caches
 COPIED = 64 << 20  # bytes of each array of the copy's limit, beyond the second-level caches
+REST = 0.05  # seconds before each run: a library's threads spin on the cores for up to 20 ms after their work, and would be in the next one's way
 PACKAGES = ("refswitch", "numpy", "scipy", "numba", "torch", "transformers")
 
 
@@ -68,6 +69,7 @@ def alternate(candidates: Mapping[str, Callable[[], Any]], rounds: int, warmups:
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(warmups + rounds):
         for name, run in candidates.items():
+            time.sleep(REST)
             start = time.perf_counter()
             run()
             if number >= warmups:
