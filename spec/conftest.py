@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import numpy as np
@@ -90,25 +91,29 @@ def _counted(names: list[str]) -> str:
     return ", ".join(f"{name} {count}" if count > 1 else name for name, count in Counter(names).most_common())
 
 
+def _say_what_was_played(write: Callable[[str], None]) -> None:
+    """Say which clauses were tested on what, and in which regimes the calls were."""
+    met: Counter[str] = Counter()
+    for _, _, counts in RECORD.played:
+        met.update(counts)
+    played, labels = {name for name, _, _ in RECORD.played}, sorted({label for _, label, _ in RECORD.played})
+    clauses, subjects = ({one for name in played for one in PROPERTIES[name].clauses}, {PROPERTIES[name].subject for name in played})
+    write(f"{len(clauses)} of {len(every_clause())} clauses by {len(played)} properties on {', '.join(labels)}: {met.pop('cases', 0)} calls")
+    write(f"calls in each regime: {', '.join(f'{name} {count}' for name, count in met.most_common())}")
+    asked = (load_clauses() if "implementation" in subjects else {}) | (load_operations() if "operations" in subjects else {})
+    untold = sorted(set(asked) - clauses)
+    if untold:
+        write(f"not spoken of in this run: {', '.join(untold)}")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was exercised: clauses, properties, calls, what was never met, which property noticed which mutant."""
     if not RECORD.played and not RECORD.kills:
         return
     write = terminalreporter.write_line
     terminalreporter.section("clauses, properties, mutants")
-    met: Counter[str] = Counter()
-    for _, _, counts in RECORD.played:
-        met.update(counts)
-    played = {name for name, _, _ in RECORD.played}
-    clauses = {clause for name in played for clause in PROPERTIES[name].clauses}
-    labels = sorted({label for _, label, _ in RECORD.played})
-    write(f"{len(clauses)} of {len(every_clause())} clauses by {len(played)} properties on {', '.join(labels)}: {met.pop('cases', 0)} calls")
-    write(f"calls in each regime: {', '.join(f'{name} {count}' for name, count in met.most_common())}")
-    subjects = {PROPERTIES[name].subject for name in played}
-    asked = (load_clauses() if "implementation" in subjects else {}) | (load_operations() if "operations" in subjects else {})
-    untold = sorted(set(asked) - clauses)
-    if untold:
-        write(f"not spoken of in this run: {', '.join(untold)}")
+    if RECORD.played:
+        _say_what_was_played(write)
     for line in RECORD.vacuous:
         write(f"vacuous: {line}")
     if RECORD.kills:
