@@ -247,14 +247,14 @@ def _leaky(name, array, shape, neutral):
     return original_optional(name, array, shape, neutral) if name != "hidden_mask_GSF" else switch.NOTHING
 
 
-original_slots, original_form, original_optional = switch.slots_forward, switch._form, switch._optional
+original_slots, original_form, original_optional = switch.slots_forward, switch.form_of, switch.optional
 PLANTED: dict[str, tuple[str, str, Callable]] = {
     "a slot too many": ("float32", "slots_forward", _late_slots),
     "the last row is nobody's": ("float32", "row_cuts", _short_cuts),
     "the z-loss counts padding": ("float32", "z_loss_forward", _whole_z),
     "f counts the dropped for expert 0": ("float32", "counted_fraction", _kept_counts),
-    "hidden is not rounded": ("bfloat16", "_form", _unrounded),
-    "expert dropout is forgotten": ("float32", "_optional", _leaky),
+    "hidden is not rounded": ("bfloat16", "form_of", _unrounded),
+    "expert dropout is forgotten": ("float32", "optional", _leaky),
 }
 
 

@@ -13,14 +13,12 @@ and buffers of a size that changes would not be found again.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numba import prange
 
-from refswitch.config import Dialect, RoundingPoints
 from refswitch.errors import InputError
 from refswitch.kernels.cpu.arrays import ROWS
 from refswitch.kernels.cpu.bfloat16 import is_narrow
@@ -34,15 +32,14 @@ from refswitch.kernels.cpu.experts import (
     experts_forward,
     experts_weights_part,
 )
-from refswitch.kernels.cpu.functions import ACTIVATIONS, RELU, ZERO
+from refswitch.kernels.cpu.functions import RELU, ZERO
 from refswitch.kernels.cpu.jit import parallel_kernel
 from refswitch.kernels.cpu.losses import BalanceSaved, balance_forward, counted_fraction, rows_of_mean, sum_of_probs, z_loss_forward
 from refswitch.kernels.cpu.matmul import PANELS
 from refswitch.kernels.cpu.pack import fill_dropped, pack, pack_weighed, unpack, unpack_weighed, zero_row
 from refswitch.kernels.cpu.router import router_backward_kernel, router_forward_kernel, router_weights_part
+from refswitch.kernels.cpu.switch_inputs import NOTHING, experts_of, form_of, matrix, optional, order_of, refuse
 from refswitch.kernels.cpu.workspace import Workspace
-
-NOTHING = np.empty((0, 0), np.float32)  # a factor of 1, a term of 0, a bias that is not there
 
 
 class SwitchOutputs(NamedTuple):
@@ -148,74 +145,6 @@ def weights_backward_kernel(
         router_weights_part(dw_router_DE, db_router_E, x_router_TD, dlogits_TE, form.rounds_gradients, p, parts)
 
 
-def refuse(dialect: Dialect, points: RoundingPoints) -> None:
-    """Name the first knob that the kernels do not have.
-
-    Raises
-    ------
-    InputError
-        If there is one: the backend `reference` computes every dialect.
-    """
-    able = {
-        "router.logit_cap": dialect.router.logit_cap == 0.0,
-        "noise.gate_from": dialect.noise.kind == "none" or dialect.noise.gate_from == "noisy",
-        "select.rule": dialect.select.rule == "argmax",
-        "gate.value": dialect.gate.value == "p",
-        "gate.site": dialect.gate.site == "output",
-        "drop.output": dialect.drop.output == "zero",
-        "pad.route": dialect.pad.route != "expert0_weight0",
-        "pad.detect": dialect.pad.detect == "mask",
-        "aux.form": dialect.aux.form == "product",
-        "aux.f.count": dialect.aux.f.count == "choice",
-        "aux.dtype": dialect.aux.dtype == "f32" or not is_narrow(points.x),
-        "z.pads": dialect.z.pads != "zero_logits",
-        "dispatch_grad": dialect.dispatch_grad == "none",
-    }
-    for knob, is_able in able.items():
-        if not is_able:
-            raise InputError(f"the cpu backend does not compute this dialect's {knob}; the backend reference does")
-    if is_narrow(points.positions):
-        raise InputError("the cpu backend counts slots in integers; the backend reference counts them in bfloat16 too")
-
-
-def _matrix(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the array as C-contiguous float32 of its last axis and the others together."""
-    if array.dtype != np.float32 or array.shape != shape:
-        raise InputError(f"switch_forward: {name} is {array.dtype} of shape {array.shape}, but should be float32 of shape {shape}")
-    return np.ascontiguousarray(array).reshape(math.prod(shape[:-1]), shape[-1])
-
-
-def _optional(name: str, array: np.ndarray, shape: tuple[int, ...], neutral: float) -> np.ndarray:
-    """Return the array as a matrix, without elements where it is one neutral element for all."""
-    is_neutral = array.size == 1 and (math.prod(shape) != 1 or array.item() == neutral)
-    return NOTHING if is_neutral else _matrix(name, array, shape)
-
-
-def _experts_of(experts: Any, E: int, D: int, F: int) -> Experts:
-    """Return the parameters, checked; an absent gate has no elements."""
-    shapes = {"w_in_EDF": (E, D, F), "w_gate_EDF": (E, D, F), "w_out_EFD": (E, F, D), "b_in_EF": (E, F), "b_gate_EF": (E, F), "b_out_ED": (E, D)}
-    given = {name: getattr(experts, name) for name in shapes}
-    arrays = {
-        name: _matrix(name, array, shapes[name]).reshape(shapes[name]) if array is not None else np.empty((E, 0, 0), np.float32)
-        for name, array in given.items()
-    }
-    return Experts(**arrays)
-
-
-def _form(dialect: Dialect, points: RoundingPoints, activation: str, is_gated: bool) -> Form:
-    stored = (points.z, points.hidden, points.expert_out, points.out, points.gradients)
-    return Form(ACTIVATIONS[activation], is_gated, dialect.expert.bias == "per_expert", *(is_narrow(format) for format in stored))
-
-
-def _order(priority: str, gate_GS: np.ndarray, given_GS: np.ndarray) -> np.ndarray:
-    """Return each group's positions in the order in which they are served, without elements where that is the order of arrival."""
-    if priority not in ("gate_desc", "random"):
-        return np.empty((0, 0), np.int64)
-    if priority == "random" and given_GS.shape != gate_GS.shape:
-        raise InputError(f"switch_forward: priority_GS has shape {given_GS.shape}, but should be {gate_GS.shape}")
-    return np.argsort(given_GS if priority == "random" else -gate_GS, axis=-1, kind="stable")
-
-
 def switch_forward(inputs: Any, params: Any, statics: Any, workspace: Workspace) -> tuple[SwitchOutputs, SwitchSaved]:
     """Compute the layer.
 
@@ -242,13 +171,13 @@ def switch_forward(inputs: Any, params: Any, statics: Any, workspace: Workspace)
     refuse(dialect, points)
     (G, S, D), E, F = inputs.x_GSD.shape, params.w_router_DE.shape[1], params.experts.w_in_EDF.shape[2]
     T, threads = G * S, numba.get_num_threads()
-    experts, form = _experts_of(params.experts, E, D, F), _form(dialect, points, statics.activation, params.experts.w_gate_EDF is not None)
-    x_TD = _matrix("x_GSD", inputs.x_GSD, (G, S, D))
-    factor_TD = _optional("noise_factor_GSD", inputs.noise_factor_GSD, (G, S, D), 1.0)
+    experts, form = experts_of(params.experts, E, D, F), form_of(dialect, points, statics.activation, params.experts.w_gate_EDF is not None)
+    x_TD = matrix("x_GSD", inputs.x_GSD, (G, S, D))
+    factor_TD = optional("noise_factor_GSD", inputs.noise_factor_GSD, (G, S, D), 1.0)
     if factor_TD.size and dialect.noise.leak_to_experts == "if_same_dtype" and points.router == points.x:
         raise InputError("the cpu backend does not compute noise.leak_to_experts; the backend reference does")
-    term_TE = _optional("noise_term_GSE", inputs.noise_term_GSE, (G, S, E), 0.0)
-    mask_TF = _optional("hidden_mask_GSF", inputs.hidden_mask_GSF, (G, S, F), 1.0)
+    term_TE = optional("noise_term_GSE", inputs.noise_term_GSE, (G, S, E), 0.0)
+    mask_TF = optional("hidden_mask_GSF", inputs.hidden_mask_GSF, (G, S, F), 1.0)
     valid_GS = np.array(np.broadcast_to(inputs.valid_GS, (G, S)), order="C")  # writable: Numba compiles anew for what is not
     is_pad_T = ~valid_GS.reshape(T)
     zeroed_T = is_pad_T if dialect.pad.zero_input is True else np.zeros(T, bool)
@@ -260,13 +189,13 @@ def switch_forward(inputs: Any, params: Any, statics: Any, workspace: Workspace)
     rounds = np.array([is_narrow(format) for format in (points.router, points.logits, points.probs, points.choice, points.gate)])
     router_forward_kernel(
         x_router_TD, logits_TE, probs_TE, lse_T, expert_T, gate_T, x_TD, factor_TD, term_TE, zeroed_T,
-        _matrix("w_router_DE", params.w_router_DE, (D, E)), _matrix("b_router_E", params.b_router_E, (E,)).reshape(E), rounds,
+        matrix("w_router_DE", params.w_router_DE, (D, E)), matrix("b_router_E", params.b_router_E, (E,)).reshape(E), rounds,
         dialect.select.on == "logits", is_copied, ROWS,
     )  # fmt: skip
 
     claims_GS = valid_GS if dialect.pad.route == "exclude" else np.ones((G, S), bool)
     route = Route(expert_T.reshape(G, S), take((G, S), np.int64), take((G, S), np.bool_))
-    order_GS = _order(dialect.priority, gate_T.reshape(G, S), inputs.priority_GS)
+    order_GS = order_of(dialect.priority, gate_T.reshape(G, S), inputs.priority_GS)
     slots_forward(route.slot_GS, route.kept_GS, route.expert_GS, claims_GS, order_GS, E, max(statics.capacity - dialect.capacity.slots_lost, 0))
     rows = Rows(take((T,), np.int64), take((T,), np.int64), take((E + 1,), np.int64))
     rows_of_experts(rows.row_T, rows.token_N, rows.start_E, expert_T, route.kept_GS.reshape(T))
@@ -278,7 +207,7 @@ def switch_forward(inputs: Any, params: Any, statics: Any, workspace: Workspace)
     z_act_NF = hidden_NF if form.activation == RELU and not form.is_gated else take((T, F))[:N]
     z_linear_NF = take((T, F))[:N] if form.is_gated else NOTHING
     out_TD, panels_PX = take((T, D)), take((threads, PANELS))
-    b_shared_D = _matrix("b_shared_D", params.b_shared_D, (D,)).reshape(D) if dialect.expert.bias == "shared_out" else NOTHING[0:0].reshape(0)
+    b_shared_D = matrix("b_shared_D", params.b_shared_D, (D,)).reshape(D) if dialect.expert.bias == "shared_out" else NOTHING[0:0].reshape(0)
     rows_forward_kernel(
         out_TD, packed_ND, z_act_NF, z_linear_NF, hidden_NF, expert_out_ND, panels_PX, x_TD, gate_T, zeroed_T, sits_out_T, mask_TF, rows, cut_P,
         experts, b_shared_D, form,
@@ -330,7 +259,7 @@ def switch_backward(
     take, form, rows = workspace.take, saved.form, saved.rows
     (G, S, D), (E, _, F), threads = dout_GSD.shape, params.experts.w_in_EDF.shape, numba.get_num_threads()
     T, N = G * S, rows.token_N.size
-    dout_TD, experts = _matrix("dout_GSD", dout_GSD, (G, S, D)), _experts_of(params.experts, E, D, F)
+    dout_TD, experts = matrix("dout_GSD", dout_GSD, (G, S, D)), experts_of(params.experts, E, D, F)
     cut_P, panels_PX = np.empty(threads + 1, np.int64), take((threads, PANELS))
     row_cuts(cut_P, rows.start_E, ROWS_OF_AN_EXPERT)
     dx_TD, dgate_T, dexpert_out_ND, dpacked_ND, dz_act_NF = take((T, D)), take((T,)), take((T, D))[:N], take((T, D))[:N], take((T, F))[:N]
@@ -344,7 +273,7 @@ def switch_backward(
     dlogits_TE, balance_T = take((T, E)), np.float32(daux) * saved.balance.counts_GS.reshape(T).astype(np.float32)
     router_backward_kernel(
         dx_TD, dlogits_TE, saved.probs_TE, saved.lse_T, saved.expert_T, dgate_T, balance_T, saved.balance.dprobs_GE, saved.z_weight_T,
-        saved.factor_TD, saved.zeroed_T, _matrix("w_router_DE", params.w_router_DE, (D, E)), np.float32(dz), form.rounds_gradients, ROWS,
+        saved.factor_TD, saved.zeroed_T, matrix("w_router_DE", params.w_router_DE, (D, E)), np.float32(dz), form.rounds_gradients, ROWS,
     )  # fmt: skip
     dexperts = Experts(*(take(array.shape) for array in experts))
     dw_router_DE, db_router_E = take((D, E)), take((E,))
