@@ -109,3 +109,12 @@ def test_expert_choice__losses_of_each_rule(operations: Operations, seed: int) -
         wanted = float(np.sum(E * f_GE * P_GE * (rows_G > 0)[:, None]) / G)
         terms = 4 * S * E * G  # roundings of the sums, each of at most a unit of the whole: all terms are positive
         assert abs(float(outputs.aux_loss) - wanted) <= 2.0 * terms * 2.0**-53 * wanted, denom
+
+
+@clause("V-NOISY-4")
+@draws(power=st.integers(-40, 40))
+def test_cv_squared_forward__has_no_scale(operations: Operations, power: int) -> None:
+    """Amounts times a power of two vary as much, to the bit, however small they are: (0, 1) has variance 1/4 over squared mean 1/4."""
+    for amounts, wanted in (([[0.0, 1.0]], 1.0), ([[1.0, 1.0]], 0.0), ([[0.0, 1.0], [2.0, 2.0]], 0.5), ([[0.0, 0.0], [0.0, 4.0]], 0.5)):
+        value, _ = operations.cv_squared_forward(np.array(amounts) * 2.0**power, 0.0)
+        assert float(value) == wanted, (amounts, power)
