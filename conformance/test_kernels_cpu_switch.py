@@ -28,6 +28,7 @@ from refswitch.kernels.cpu import losses, switch
 from refswitch.kernels.cpu.capacity import row_cuts
 from refswitch.kernels.cpu.jit import kernel, on_threads
 from refswitch.kernels.cpu.matmul import DEPTH, WIDTH, matmul
+from refswitch.kernels.cpu.switch_inputs import refuse
 from refswitch.kernels.cpu.tile import TILE_COLUMNS, TILE_ROWS
 from refswitch.kernels.cpu.workspace import Workspace
 from refswitch.reference.experts import ExpertsParams
@@ -208,7 +209,7 @@ def test_switch__conforms(label: str) -> None:
 def _computes(name: str) -> bool:
     dialect = load_dialect(name)
     try:
-        switch.refuse(dialect, rounding_points(dialect, load_profile("float32")))
+        refuse(dialect, rounding_points(dialect, load_profile("float32")))
     except InputError:
         return False
     return dialect.noise.leak_to_experts != "if_same_dtype"
@@ -378,7 +379,7 @@ def test_switch__refuses_what_it_does_not_compute() -> None:
     for name, knob in [("hf_le_4_51", "drop.output"), ("keras_io", "gate.site"), ("t2t_noisy_top1", "gate.value"), ("mesh_ntlb", "select.rule")]:
         dialect = load_dialect(name)
         with pytest.raises(InputError, match=knob):
-            switch.refuse(dialect, rounding_points(dialect, load_profile("float32")))
+            refuse(dialect, rounding_points(dialect, load_profile("float32")))
 
 
 # Processes of their own.

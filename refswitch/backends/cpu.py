@@ -29,6 +29,7 @@ from refswitch.kernels.cpu import (
     philox,
     position,
     switch,
+    switch_inputs,
 )
 from refswitch.kernels.cpu.jit import on_threads
 from refswitch.kernels.cpu.workspace import Workspace
@@ -97,7 +98,7 @@ class Cpu:
             raise InputError(f"precision {setting.name}: the backend cpu computes {', '.join(SETTINGS)}; the backend reference every precision")
         if config.experts:
             dialect = load_dialect(parse_record(config.dialect))
-            switch.refuse(dialect, layer_points(dialect, setting))
+            switch_inputs.refuse(dialect, layer_points(dialect, setting))
 
     def running(self) -> AbstractContextManager:
         """Run kernels on this instance's threads, all that there are where it says none."""
