@@ -96,7 +96,7 @@ def rows_forward_kernel(
     """
     parts, T = cut_P.size - 1, out_TD.shape[0]
     for thread in prange(parts):
-        p = np.int64(thread)  # prange counts in unsigned integers, and a signed times an unsigned one is a float
+        p: Any = np.int64(thread)  # prange counts in unsigned integers, and a signed times an unsigned one is a float
         first, last = cut_P[p], cut_P[p + 1]
         pack(packed_ND[first:last], x_TD, rows.token_N[first:last], zeroed_T)
         experts_forward(
@@ -115,7 +115,7 @@ def rows_backward_kernel(
     """Undo `rows_forward_kernel` for tokens and gates; owners as there. Dropped tokens get a gradient of 0."""
     parts, T = cut_P.size - 1, dx_TD.shape[0]
     for thread in prange(parts):
-        p = np.int64(thread)  # prange counts in unsigned integers, and a signed times an unsigned one is a float
+        p: Any = np.int64(thread)  # prange counts in unsigned integers, and a signed times an unsigned one is a float
         first, last = cut_P[p], cut_P[p + 1]
         token_M = rows.token_N[first:last]
         pack_weighed(dexpert_out_ND[first:last], dgate_T, dout_TD, expert_out_ND[first:last], gate_T, token_M)
@@ -139,7 +139,7 @@ def weights_backward_kernel(
     """Write the gradients of all weights. Thread p owns its part of each; reads what the rows left, and writes every gradient once."""
     parts = panels_PX.shape[0]
     for thread in prange(parts):
-        p = np.int64(thread)
+        p: Any = np.int64(thread)
         experts_weights_part(dexperts, packed_ND, dz_act_NF, dz_linear_NF, hidden_NF, dexpert_out_ND, start_E, form, p, parts, panels_PX[p])
         experts_biases_part(dexperts, dz_act_NF, dz_linear_NF, dexpert_out_ND, start_E, form, p, parts)
         router_weights_part(dw_router_DE, db_router_E, x_router_TD, dlogits_TE, form.rounds_gradients, p, parts)
