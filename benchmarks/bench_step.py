@@ -3,11 +3,12 @@
 
     python benchmarks/bench_step.py [NAME ...] [--rounds 7] [--batch 8] [--peers eager,sdpa,eager+compile] [--json FILE]
 
-Both train one model: 4 + 4 layers, every second sparse, ReLU, tied, sequences of 512 and 114 tokens, vocabulary 384, no dropout, capacity factor
-1.25 for each sequence. The peer is SwitchTransformersForConditionalGeneration with transformers' Adafactor, as many threads as the engine, eager or
-scaled-dot-product attention, compiled or not: the fastest of those that were asked for counts. It runs without its router losses, which costs it
-nothing; the engine computes them. First both are judged stage by stage against the reference on a short batch, and their losses on the long one are
-compared. Then steps alternate. A table says where the engine's time goes, another what it holds in memory beside what this formula predicts:
+Both train one model: 4 + 4 layers, every second sparse, ReLU, tied, sequences of 512 and 114 tokens, vocabulary 384, capacity factor 1.25 for each
+sequence, no dropout unless asked for. The peer is SwitchTransformersForConditionalGeneration with transformers' Adafactor, on as many threads as the
+engine, with each form of attention that it has, compiled or not: the fastest of those that were asked for counts. It runs without its router losses,
+which saves it their work; the engine computes them. First both are judged stage by stage against the reference on a short batch, and their losses on
+the long one are compared. Then steps alternate. A table says where the engine's time goes, another what it holds in memory beside what this formula
+predicts (without dropout):
 
     4 bytes * (2 P + O + A + X)
     P   parameters, and as many gradients
@@ -28,6 +29,7 @@ The workspace lends a free buffer to a request of its own size alone, so nothing
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import resource
@@ -60,27 +62,27 @@ class Size(NamedTuple):
 SIZES = {size.name: size for size in (Size("w256e8", 256, 8), Size("w256e32", 256, 32), Size("w512e8", 512, 8))}
 
 
-def peer_config(size: Size, capacity: int, attention: str) -> Any:
+def peer_config(size: Size, capacity: int, attention: str, dropout: float) -> Any:
     """Say the model in transformers' words."""
     from transformers import SwitchTransformersConfig
 
     config = SwitchTransformersConfig(
         vocab_size=VOCABULARY, d_model=size.width, d_kv=64, d_ff=4 * size.width, num_heads=size.width // 64, num_layers=LAYERS,
         num_decoder_layers=LAYERS, num_sparse_encoder_layers=LAYERS // 2, num_sparse_decoder_layers=LAYERS // 2, num_experts=size.experts,
-        expert_capacity=capacity, router_jitter_noise=0.0, dropout_rate=0.0, tie_word_embeddings=True, use_cache=False,
+        expert_capacity=capacity, router_jitter_noise=0.0, dropout_rate=dropout, tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
     config._attn_implementation = attention
     return config
 
 
-def peer_of(size: Size, attention: str) -> Any:
+def peer_of(size: Size, attention: str, dropout: float) -> Any:
     """Build the peer with its own initial weights, the same for every form of attention."""
     import torch
     from transformers import SwitchTransformersForConditionalGeneration
 
     torch.manual_seed(0)
     capacity = math.ceil(1.25 * ENCODER_LENGTH / size.experts)
-    model = SwitchTransformersForConditionalGeneration(peer_config(size, capacity, attention))
+    model = SwitchTransformersForConditionalGeneration(peer_config(size, capacity, attention, dropout))
     model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
     return model.train()
 
@@ -94,7 +96,8 @@ def ours_of(size: Size, peer: Any) -> tuple[Any, Any]:
     config = ModelConfig(
         name=size.name, vocabulary=VOCABULARY, d_model=size.width, d_kv=64, heads=size.width // 64, d_ff=4 * size.width, encoder_layers=LAYERS,
         decoder_layers=LAYERS, encoder_sparse=sparse_layers(LAYERS, 2, 1), decoder_sparse=sparse_layers(LAYERS, 2, 1), experts=size.experts,
-        activation="relu", gated=False, tied=True, position_buckets=32, max_distance=128, norm_epsilon=1e-6, dropout=0.0, expert_dropout=0.0,
+        activation="relu", gated=False, tied=True, position_buckets=32, max_distance=128, norm_epsilon=1e-6,
+        dropout=peer.config.dropout_rate, expert_dropout=peer.config.dropout_rate,
         dialect=f"hf_ge_5_18,capacity.constant={capacity},aux.f.count=choice,aux.layers=sum,noise.kind=none",
     )  # fmt: skip
     return config, params_from({name: tensor.detach().numpy().copy() for name, tensor in peer.state_dict().items()}, config)
@@ -134,16 +137,17 @@ class Ours:
         return float(self.told.losses.cross_entropy)
 
     def logits(self) -> tuple[np.ndarray, float]:
-        """Return a forward pass's logits and cross-entropy."""
+        """Return the logits and cross-entropy of a pass without dropout."""
         from refswitch.engine.model import model_forward
         from refswitch.engine.noise import Address, draw_noise
         from refswitch.engine.step import part_statics
 
         (B, M), (_, L) = self.batch.encoder_tokens_BM.shape, self.batch.targets_BL.shape
+        quiet = dataclasses.replace(self.setup.config, dropout=0.0, expert_dropout=0.0)
         statics = part_statics(self.setup, self.batch, 1.0)
         with self.backend.running():
             self.backend.begin()
-            noise = draw_noise(self.setup.config, statics, Address(0, 0, 0), (B, M, L), True, self.backend)
+            noise = draw_noise(quiet, statics, Address(0, 0, 0), (B, M, L), True, self.backend)
             outputs, _ = model_forward(self.batch, self.state.params, noise, statics, self.backend)
             return np.array(outputs.logits_BLV), outputs.losses.cross_entropy
 
@@ -170,11 +174,13 @@ class Theirs:
         return float(loss.detach())
 
     def logits(self) -> tuple[np.ndarray, float]:
-        """Return a forward pass's logits and loss."""
+        """Return the logits and the loss of a pass without dropout."""
         import torch
 
+        self.plain.eval()
         with torch.no_grad():
             outputs = self.plain(**self.inputs)
+        self.plain.train()
         return outputs.logits.numpy(), float(outputs.loss)
 
 
@@ -304,7 +310,7 @@ def breakdown(ours: Ours, steps: int = 3) -> dict[str, float]:
     return parts | {"everything else": whole - sum(parts.values()), "step": whole}
 
 
-def bench(size: Size, rows: int, rounds: int, forms: list[str]) -> dict[str, Any]:
+def bench(size: Size, rows: int, rounds: int, forms: list[str], dropout: float) -> dict[str, Any]:
     """Check one model, then time it."""
     from engine_trace import trace_of
 
@@ -313,7 +319,7 @@ def bench(size: Size, rows: int, rounds: int, forms: list[str]) -> dict[str, Any
     from refswitch.planning.counts import full_flops_per_sequence
     from refswitch.precision import PRECISIONS
 
-    peer = peer_of(size, "eager")
+    peer = peer_of(size, "eager", dropout).eval()
     config, params = ours_of(size, peer)
     backend = Cpu()
     batch = draw_batch(rows, ENCODER_LENGTH, DECODER_LENGTH)
@@ -327,7 +333,7 @@ def bench(size: Size, rows: int, rounds: int, forms: list[str]) -> dict[str, Any
     for form in forms:
         attention, _, compiled = form.partition("+")
         try:
-            sides[form] = Theirs(peer_of(size, attention), batch, bool(compiled))
+            sides[form] = Theirs(peer_of(size, attention, dropout), batch, bool(compiled))
         except ValueError as error:  # transformers has no such attention for this model
             refused[form] = str(error).split(". ")[0]
             print(f"  {form}: {refused[form]}")
@@ -355,7 +361,8 @@ def bench(size: Size, rows: int, rounds: int, forms: list[str]) -> dict[str, Any
     brief, lasting = memory["last_step_over_what_is_held"], memory["new_buffers"]
     print(f"    a step then takes {brief / 2**20:.2f} MiB for a while and {lasting} bytes for good")
     return {
-        "size": size._asdict(), "batch": rows, "tokens": tokens, "times": {name: taken._asdict() for name, taken in times.items()},
+        "size": size._asdict(), "batch": rows, "dropout": dropout, "tokens": tokens,
+        "times": {name: taken._asdict() for name, taken in times.items()},
         "best_peer": best, "refused": refused, "threads": os.cpu_count(), "ratio": ratio,
         "flops": flops, "limit_flops_per_second": limit, "fraction_of_limit": fraction, "losses": losses, "parts": parts,
         "memory": memory | {"predicted": predicted},
@@ -371,12 +378,13 @@ def main() -> None:
     parser.add_argument(
         "--peers", default="eager,sdpa,eager+compile", help="forms of the peer, comma-separated: eager, sdpa, eager+compile, sdpa+compile"
     )
+    parser.add_argument("--dropout", type=float, default=0.0, help="rate on both sides; 0.1 is what transformers' config has by default")
     parser.add_argument("--json", type=Path, help="write all numbers there")
     given = parser.parse_args()
     results = []
     for name in given.sizes:
-        print(f"{name}: 4 + 4 layers, {given.batch} x ({ENCODER_LENGTH} + {DECODER_LENGTH}) tokens, float32", flush=True)
-        results.append(bench(SIZES[name], given.batch, given.rounds, given.peers.split(",")))
+        print(f"{name}: 4 + 4 layers, {given.batch} x ({ENCODER_LENGTH} + {DECODER_LENGTH}) tokens, float32, dropout {given.dropout:g}", flush=True)
+        results.append(bench(SIZES[name], given.batch, given.rounds, given.peers.split(","), given.dropout))
     write_json(given.json, {"benchmark": "step", "results": results})
 
 
