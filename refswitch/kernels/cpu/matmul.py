@@ -21,7 +21,8 @@ from refswitch.kernels.cpu.tile import FLOAT_BYTES, LANES, TILE_COLUMNS, TILE_RO
 
 DEPTH = 256  # a panel of DEPTH x TILE_COLUMNS is 32 KiB, and a row longer: panels a power of two apart would share few sets of the cache
 WIDTH = 1024  # a block of DEPTH x WIDTH is 1 MiB
-ASIDE = TILE_ROWS * (TILE_COLUMNS + DEPTH)  # floats of a tile and of a strip of the left operand
+STRIPS = 4  # tiles whose rows are copied together
+ASIDE = TILE_ROWS * (TILE_COLUMNS + STRIPS * DEPTH)  # floats of a tile and of the strips of the left operand
 PANELS = (DEPTH + 1) * WIDTH + ASIDE  # floats of the buffer that a product packs into
 
 
@@ -111,24 +112,38 @@ def pack_strip(strip: int, a: int, row: int, step: int, M: int, K: int) -> None:
 
 
 @kernel
+def pack_strips(strips: int, a: int, row: int, step: int, M: int, K: int) -> None:
+    """Copy the rows of up to STRIPS tiles; side by side where they are whole, so that each line of memory is fetched once."""
+    if M == STRIPS * TILE_ROWS and row == 1:
+        for k in range(K):
+            for strip in range(STRIPS):
+                move_rows(strips + (strip * K + k) * TILE_ROWS * FLOAT_BYTES, a + (k * step + strip * TILE_ROWS) * FLOAT_BYTES)
+    else:
+        for top in range(0, M, TILE_ROWS):
+            pack_strip(strips + top * K * FLOAT_BYTES, a + top * row * FLOAT_BYTES, row, step, min(TILE_ROWS, M - top), K)
+
+
+@kernel
 def blocked_product(
     panels: int, edge: int, out: int, out_row: int, a: int, a_row: int, a_step: int, b: int, b_step: int, b_across: int,
     M: int, N: int, K: int, accumulate: int,
 ) -> None:  # fmt: skip
     """Multiply block by block. The sum over K runs in steps of one inside DEPTH, and the sums of the depths are added in order."""
-    strip = edge + TILE_ROWS * TILE_COLUMNS * FLOAT_BYTES
+    strips, tiles = edge + TILE_ROWS * TILE_COLUMNS * FLOAT_BYTES, (M + TILE_ROWS - 1) // TILE_ROWS
+    is_packed = a_step != 1
     for n in range(0, N, WIDTH):
         width = min(WIDTH, N - n)
         for k in range(0, K, DEPTH):
             depth, add = min(DEPTH, K - k), accumulate != 0 or k > 0
             pack_panels(panels, b + (k * b_step + n * b_across) * FLOAT_BYTES, b_step, b_across, depth, width)
-            tiles = (M + TILE_ROWS - 1) // TILE_ROWS
             for i in range(tiles):
-                top, bottom = i * M // tiles, (i + 1) * M // tiles
+                # few rows are shared out evenly among their tiles: a tile of one row would cost as much as one of four
+                top, bottom = (i * TILE_ROWS, min((i + 1) * TILE_ROWS, M)) if is_packed else (i * M // tiles, (i + 1) * M // tiles)
                 left, left_row, left_step = a + (top * a_row + k * a_step) * FLOAT_BYTES, a_row, a_step
-                if a_step != 1:
-                    pack_strip(strip, left, a_row, a_step, bottom - top, depth)
-                    left, left_row, left_step = strip, 1, TILE_ROWS
+                if is_packed:
+                    if i % STRIPS == 0:
+                        pack_strips(strips, left, a_row, a_step, min(STRIPS * TILE_ROWS, M - top), depth)
+                    left, left_row, left_step = strips + i % STRIPS * depth * TILE_ROWS * FLOAT_BYTES, 1, TILE_ROWS
                 for j in range(0, width, TILE_COLUMNS):
                     columns, panel = min(TILE_COLUMNS, width - j), panels + j * (depth + 1) * FLOAT_BYTES
                     is_whole, corner = columns == TILE_COLUMNS, out + (top * out_row + n + j) * FLOAT_BYTES
