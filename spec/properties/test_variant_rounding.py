@@ -118,3 +118,13 @@ def test_cv_squared_forward__has_no_scale(operations: Operations, power: int) ->
     for amounts, wanted in (([[0.0, 1.0]], 1.0), ([[1.0, 1.0]], 0.0), ([[0.0, 1.0], [2.0, 2.0]], 0.5), ([[0.0, 0.0], [0.0, 4.0]], 0.5)):
         value, _ = operations.cv_squared_forward(np.array(amounts) * 2.0**power, 0.0)
         assert float(value) == wanted, (amounts, power)
+
+
+@clause("V-SCORE-1")
+@draws()
+def test_scores_forward__of_no_tokens(operations: Operations) -> None:
+    """A group without tokens has probabilities of its shape, and so have their gradients."""
+    for rule in ("expert_selection", "expert_choice"):
+        none_GSE = np.zeros((2, 0, 3))
+        probs_GSE, saved = operations.scores_forward(none_GSE, np.zeros((2, 0), bool), rule, TRUTH)
+        assert probs_GSE.shape == operations.scores_backward(none_GSE, saved, rule).shape == (2, 0, 3)
