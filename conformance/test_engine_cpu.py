@@ -34,6 +34,7 @@ from refswitch.engine.step import (
     initial_state,
     loss_and_gradients,
     part_forward,
+    part_statics,
     rounded_tree,
     state_arrays,
     state_from,
@@ -43,6 +44,7 @@ from refswitch.errors import InputError
 from refswitch.model_config import PRESETS, ModelConfig
 from refswitch.numbers.bfloat16 import round_bf16
 from refswitch.precision import PRECISIONS, rounded
+from refswitch.reference.switch import Statics
 from refswitch.reference.transformer import Batch, ModelParams
 from refswitch.spec_data import load_profile, parse_record
 from refswitch.tree import leaves, with_leaves
@@ -418,3 +420,34 @@ def test_generate__is_the_references_answer(cpu: Cpu) -> None:
         state = initial_state(params_of(MESH), setup, backend)
         answers.append(np.stack(list(generate(batch.encoder_tokens_BM, batch.encoder_valid_BM, state.params, setup, backend, 6, 0, 1, 0)), axis=1))
     assert np.array_equal(*answers)
+
+
+def test_pool_balance__matches_reference(cpu: Cpu) -> None:
+    """The pooled balance loss of the CPU's layers, of its own probabilities, beside the reference's: sums in another order, a gradient in float32."""
+    dialect = "mesh_tensorflow,aux.layers=average_then_product,aux.P_pads=exclude,aux.denom=valid"
+    setup = setup_of()._replace(config=replace(MESH, dialect=dialect), microbatches=1)
+    statics = part_statics(setup, batch_of(), 1.0).encoder
+    recorder = Recorder(cpu)
+    with cpu.running():
+        cpu.begin()
+        part_forward(initial_state(params_of(setup.config), setup, cpu).params, batch_of(), setup, 3, 0, 16.0, recorder, ONE, None)
+        layers = [(call.args[0], call.result) for call in recorder.calls if call.name == "switch_forward"][:2]
+        valid_GS, switches = layers[0][0].valid_GS, [outputs for _, (outputs, _) in layers]
+        value, pooled = cpu.pool_balance(switches, [saved for _, (_, saved) in layers], valid_GS, statics)
+    shaped = [reference_saved(layer, statics, setup) for layer in layers]
+    wide = [each._replace(probs_GSE=each.probs_GSE.astype(np.float64)) for each in switches]
+    expected, expected_saved = reference.pool_balance(wide, shaped, valid_GS, statics)
+    assert abs(value - expected) <= tubes.gamma(2 * valid_GS.size + 8, np.finfo(np.float64).eps) * abs(expected)
+    assert value != pytest.approx(sum(float(each.aux_loss) for each in switches) / 2, abs=0.0), "pooling is another loss than the mean"
+    for own, wanted in zip(pooled, expected_saved, strict=True):
+        gradient_GSE = own.balance.dprobs_GE[:, None] * own.balance.counts_GS[..., None]
+        wide_GSE = wanted.balance.dvalue_dprobs_GSE
+        assert np.all(np.abs(gradient_GSE - wide_GSE) <= np.spacing(np.abs(wide_GSE).astype(np.float32)))
+
+
+def reference_saved(layer: Any, statics: Any, setup: Setup) -> Any:
+    """Return what the reference saves of the same layer."""
+    inputs, _ = layer
+    experts = params_of(setup.config).encoder.blocks[0].feed_forward.feed_forward
+    wide = with_leaves(experts, {path: leaf.astype(np.float64) for path, leaf in leaves(experts).items()})
+    return reference.switch_forward(inputs, wide, Statics(statics.dialect, statics.points, statics.activation, statics.capacity))[1]
