@@ -186,6 +186,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Run what the arguments ask for."""
     arguments, console, start = parse(), Console(), time.perf_counter()
+    console.width = max(console.width, 110)  # of the table, also in a file
     mutants = chosen(arguments)
     campaign = Campaign(arguments.results, arguments.processes)
     known = campaign.known

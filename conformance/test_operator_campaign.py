@@ -17,6 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from operator_campaign import Campaign
 from operators import forked, record
 from operators.mutate import Mutant, mutants_of_tree
 from operators.properties import REFERENCE, Property, clauses_of, collect, files, sources_of
@@ -45,14 +46,14 @@ def judged(mutants: list[Mutant | None], properties: list[Property], known: Verd
     return {verdict.mutant.id if verdict.mutant else "": verdict.how for verdict in found}
 
 
-def test_sample__dies(properties: list[Property], tmp_path: Path) -> None:
+def test_sample__dies(tmp_path: Path) -> None:
     """Properties of its own clauses notice every mutant of the sample, and notice nothing in the reference as it is."""
-    known = Verdicts(tmp_path / "verdicts.jsonl", properties)
-    verdicts = list(forked.verdicts(sampled(), known.tried_on, 2))
-    assert len(verdicts) == SAMPLE
-    assert [verdict.mutant.id for verdict in verdicts if not verdict.how] == []
-    killers = [known.properties[name] for name in {verdict.killer for verdict in verdicts}]
-    assert judged([None], killers) == {"": ""}
+    campaign, seen = Campaign(tmp_path / "verdicts.jsonl", 2), list[forked.Verdict]()
+    campaign.warm_up()
+    campaign.run(sampled(), seen.append)
+    assert len(seen) == SAMPLE
+    assert [verdict.mutant.id for verdict in seen if not verdict.killer] == []
+    assert campaign.order.untrue == set(), "a property fails on the reference as it is"
 
 
 def planted(old: str, new: str) -> Mutant:

@@ -40,7 +40,7 @@ class Property(NamedTuple):
 
     name: str
     clauses: frozenset[str]
-    digest: str  # of its source
+    digest: str  # of its source, and of all that it is written with
     entry: Any
     subject: Any
 
@@ -87,6 +87,20 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@cache
+def _common_source() -> str:
+    """Return the source of the files that properties share."""
+    shared = [path for path in (data_root() / "spec" / "properties").glob("*.py") if not path.stem.startswith("test_")]
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(shared))
+
+
+@cache
+def _helpers_source(path: str) -> str:
+    """Return the source of what stands beside the properties of a file."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    return "".join(ast.unparse(node) for node in tree.body if not (isinstance(node, ast.FunctionDef) and node.name.startswith("test_")))
+
+
 def collect() -> list[Property]:
     """Return the properties on everything that `pytest spec` tries them on, those that do not speak of it left out."""
     folder = str(data_root() / "spec")
@@ -101,7 +115,7 @@ def collect() -> list[Property]:
     subjects = {"implementation": implementations("reference"), "operations": [reference_operations()]}
     found = []
     for entry in PROPERTIES.values():
-        digest = digest_of(inspect.getsource(entry.body))
+        digest = digest_of(inspect.getsource(entry.body) + _helpers_source(inspect.getfile(entry.body)) + _common_source())
         for subject in subjects[entry.subject]:
             if not entry.unsupported(subject):
                 found.append(Property(f"{entry.name}[{subject.label}]", frozenset(entry.clauses), digest, entry, subject))
