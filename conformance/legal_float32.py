@@ -3,7 +3,7 @@
 
 Two uses. With draws it is Monte Carlo arithmetic: a run is one evaluation that the profile allows, several show how far such evaluations lie apart.
 Without, it keeps the radius of every result of the forward pass beside the loss's gradient by it, which the backward pass brings. Between two moves
-everything is exact (float64). Spec: training, section 6; the radii: numbers.
+everything is exact (float64). Spec: training, section 8; the radii: numbers.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ from refswitch.verify.tubes import Tube, add, contract, exact, log_sum_exp, mult
 SETTING = PRECISIONS["float32"]
 PROFILE = load_profile(SETTING.profile)
 POINTS, FLOAT32 = SETTING.around, tubes.arithmetic_of(PROFILE)
+
+# what rounds nothing: draws and moves of data; and the gradients' norm, which nothing here reads
+UNMOVED = {
+    "dtype", "embed_forward", "jitter", "keep_factor", "mark", "name", "position_bias_forward", "release", "rounded", "running", "squared_norm",
+}  # fmt: skip
 
 Move = Callable[[int, int, np.ndarray], np.ndarray]  # step, number of the result in it, radius -> what is added
 
@@ -137,6 +142,8 @@ class Legal:
         self.is_backward, self.forward_results = False, 0
 
     def __getattr__(self, name: str) -> Any:
+        if name not in UNMOVED:
+            raise AttributeError(f"no radius is known of {name}")
         return getattr(reference, name)
 
     def begin(self) -> None:
@@ -145,19 +152,24 @@ class Legal:
         self.kept, self.glue, self.places = [], [], []
 
     def moved(self, value: Any, tube: Tube) -> Any:
-        """Return a result that float64 computed, moved; that it lies inside its own radius is asked of it first."""
-        assert np.all(tubes.ratio(np.asarray(value), tube) <= 1.0), "a radius that does not hold the reference"
+        """Return a result that float64 computed, moved; that it lies inside its own tube is asked of it first.
+
+        A legal run lies anywhere in the tube. The farthest that one lies from what float64 computed is the radius and the distance to the middle.
+        """
+        assert np.all(tubes.ratio(np.asarray(value), tube) <= 1.0), "a tube that does not hold the reference"
         self.number += 1
-        return value + self.move(self.step, self.number, tube.radius)
+        middle, self.radius = (tube.value, tube.radius) if self.staged else (value, tube.radius + np.abs(tube.value - value))
+        return middle + self.move(self.step, self.number, self.radius)
 
     def stage(self, tube: Tube) -> Tube:
         """Return a value on the way, stored and moved: what follows knows it."""
-        return exact(self.moved(tube.value, store(tube, SETTING.weights)))
+        stored = store(tube, SETTING.weights)
+        return exact(self.moved(stored.value, stored))
 
     def made(self, operation: str, value: Any, tube: Tube) -> tuple[Any, Made]:
         """Return a result of the forward pass, moved, and what is to be remembered of it."""
         value = self.moved(value, tube)
-        return value, Made(operation, self.number, tube.radius)
+        return value, Made(operation, self.number, self.radius)
 
     def keep(self, saved: Any, *taken: Any) -> None:
         """Remember what backward will need."""
