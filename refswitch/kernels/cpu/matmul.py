@@ -1,5 +1,5 @@
-# ruff: noqa: ARG001  (an overload has the parameters of what it overloads)
 # May import: standard library, numpy, numba, refswitch.kernels.cpu (jit, shared, tile).
+# ruff: noqa: ARG001  (an overload has the parameters of what it overloads)
 """Matrix product of float32 matrices inside kernels; an operand may be a slice of rows or columns, or a transposed view of one.
 
 The reference's `@`; the answer goes where the caller wants it: `matmul(dw_DF, x_ND.T, dz_NF, False)`. The calling thread does all of it.

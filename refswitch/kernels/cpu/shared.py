@@ -1,5 +1,5 @@
-# ruff: noqa: ARG001  (an intrinsic's parameters are read by the code that it generates)
 # May import: standard library, llvmlite, numba.
+# ruff: noqa: ARG001  (an intrinsic's parameters are read by the code that it generates)
 """A kernel whose machine code all other kernels share: they call it through a cell in memory.
 
 Numba compiles a kernel again into each kernel that calls it. For the matrix product that would be seconds each time, so its callers look

@@ -1,5 +1,5 @@
-# ruff: noqa: ARG001  (an intrinsic's parameters are read by the code that it generates)
 # May import: standard library, llvmlite, numba.
+# ruff: noqa: ARG001  (an intrinsic's parameters are read by the code that it generates)
 """The register tile: the innermost loop of every matrix product, written in LLVM because no compiler finds it in a loop nest.
 
 A tile holds `rows` x TILE_COLUMNS sums in vector registers while it walks along the products' inner axis: per step two vectors of b are loaded, each
