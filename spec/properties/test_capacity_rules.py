@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from properties.harness import clause, draws
+from properties.harness import clause, draws, needs
 from properties.operations import Operations
 from properties.refusals import refusal
 from refswitch.config import TRUTH, Capacity, Group
@@ -234,6 +234,7 @@ def test_no_token_left_behind__round_by_round(operations: Operations, seed: int,
 
 
 @clause("S-ROUTE-3", "S-CAP-2")
+@needs(wide=True)
 @draws()
 def test_switch_forward__asks_as_many_experts_as_the_dialect_says(operations: Operations) -> None:
     """Of 40 experts every second is better, all alike: a token's choices are the first of those, and with one slot each as many tokens are served."""

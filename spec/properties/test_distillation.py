@@ -117,7 +117,7 @@ def test_soft_cross_entropy_backward__finite_difference(operations: Operations, 
 
 
 @clause("D-MIX-1")
-@needs("both", "hard alone", "soft alone")
+@needs("both", "hard alone", "soft alone", wide=True)
 @draws(examples=[(1, (2.0, 0.25), 0.25), (2, (0.5, 0.0), 0.0), (3, (3.0, 0.25), 1.0)], seed=st.integers(0, 2**20), setting=SETTINGS, soft=SOFT)
 def test_distillation__is_the_mixture(operations: Operations, seed: int, setting: tuple[float, float], soft: float) -> None:
     """Value and gradient are (1 - soft) times the hard part's plus T^2 soft times the soft part's; the hard part alone is smoothed."""

@@ -62,7 +62,7 @@ def note_regimes(operations: Operations, drawn: Any, exact: dict[str, Any]) -> N
 @needs(
     "second place with noise", "left behind with noise", "a gate on a gated hidden activation", "a gate on the hidden activation and biases",
     "a gate at both ends", "a sigmoid", "dropped tokens times their gate", "padding for expert 0", "straight through", "clean gates",
-    "a capped logit",
+    "a capped logit", wide=True,
 )  # fmt: skip
 @draws()
 def test_switch_forward__equals_exact_arithmetic(operations: Operations) -> None:
