@@ -31,7 +31,6 @@ from refswitch.proof.exact_rows import COVERED, refuse
 from refswitch.proof.exact_switch import exact_switch
 from refswitch.proof.tape import Undecided
 from refswitch.reference.capacity import Route
-from refswitch.reference.switch import switch_backward, switch_forward
 from refswitch.spec_data import load_dialect, load_profile, names_of
 from refswitch.verify import layer as stages
 from refswitch.verify.case import INPUTS, OUTPUTS, Case
@@ -243,7 +242,7 @@ class Witness(NamedTuple):
     looked_at: dict[str, np.ndarray]  # rows of which an output is looked at; not named: all
 
 
-def witness(drawn: Drawn, forward: Callable[..., Any] = switch_forward, backward: Callable[..., Any] = switch_backward) -> Witness:
+def witness(drawn: Drawn, forward: Callable[..., Any] | None = None, backward: Callable[..., Any] | None = None) -> Witness:
     """Run the reference, or another layer of its signature, and the judge."""
     case, dialect, _ = drawn
     outputs = reference_outputs(case, dialect, TRUTH, forward, backward)

@@ -64,12 +64,12 @@ def params_of(case: Case) -> SwitchParams:
 
 
 def call_reference(
-    case: Case, dialect: Dialect, points: RoundingPoints, forward: Callable[..., Any] = switch_forward
+    case: Case, dialect: Dialect, points: RoundingPoints, forward: Callable[..., Any] | None = None
 ) -> tuple[SwitchOutputs, SwitchSaved, SwitchParams, Statics]:
     """Run the reference's forward pass on a case, or another of its signature."""
     params = params_of(case)
     statics = Statics(dialect, points, case.activation, case.capacity)
-    outputs, saved = forward(inputs_of(case, dialect), params, statics)
+    outputs, saved = (forward or switch_forward)(inputs_of(case, dialect), params, statics)  # looked up now: a test may have planted a bug there
     return outputs, saved, params, statics
 
 
@@ -77,8 +77,8 @@ def reference_outputs(
     case: Case,
     dialect: Dialect,
     points: RoundingPoints,
-    forward: Callable[..., Any] = switch_forward,
-    backward: Callable[..., Any] = switch_backward,
+    forward: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> dict[str, np.ndarray]:
     """Return everything that the contract names, computed by the reference, or by another layer of its signature."""
     outputs, saved, params, statics = call_reference(case, dialect, points, forward)
@@ -91,7 +91,7 @@ def reference_outputs(
     if dout is None:
         return named
     daux, dz = float(case.get("daux", 0.0)), float(case.get("dz", 0.0))
-    dx, dparams = backward(np.asarray(dout, np.float64), daux, dz, saved, params, statics)
+    dx, dparams = (backward or switch_backward)(np.asarray(dout, np.float64), daux, dz, saved, params, statics)
     experts = dparams.experts
     shared = case.get("b_out") is not None and case.b_out.ndim == 1
     gradients = {
