@@ -64,6 +64,6 @@ def _run(model: ModelConfig, steps: int, batch: int, inputs_length: int, every: 
 
 
 PRESETS: dict[str, Tree] = {
-    "tiny": _run(_TINY_MODEL, steps=300, batch=64, inputs_length=128, every=100),
+    "tiny": _run(_TINY_MODEL, steps=250, batch=64, inputs_length=128, every=50),
     "small": _run(_SMALL_MODEL, steps=1000, batch=32, inputs_length=256, every=200),
 }
