@@ -1,7 +1,7 @@
 # May import: standard library.
 """Kill a training run at random moments and go on: it has to end in the bits of a run that nobody killed.
 
-    python conformance/house/kill_and_resume.py 20
+    python conformance/house/kill_and_resume.py 20 [backend=cpu]
 
 Checkpoints are written after every step, so that many of the moments lie inside the writing of one; how many did is counted by what they left behind.
 """
@@ -57,19 +57,19 @@ def digest(run_dir: Path, step: int) -> str:
     return whole.hexdigest()
 
 
-def kill_and_resume(folder: Path, kills: int, steps: int, seed: int) -> Seen:
+def kill_and_resume(folder: Path, kills: int, steps: int, seed: int, *keys: str) -> Seen:
     """Kill a run `kills` times, then let it end; raise AssertionError where it ends in other bits than a run of one piece."""
     text = folder / "text"
     text.mkdir()
     write_text(text)
     whole, cut = folder / "whole", folder / "cut"
     begun = time.monotonic()
-    subprocess.run(command(whole, text, steps), check=True)
+    subprocess.run(command(whole, text, steps, *keys), check=True)
     seconds = time.monotonic() - begun
     source, killed, while_writing = random.Random(seed), 0, 0
     while killed < kills:
         resume = ("--resume",) if (cut / "config.yaml").is_file() else ()
-        process = subprocess.Popen(command(cut, text, steps, *resume), stderr=subprocess.PIPE)
+        process = subprocess.Popen(command(cut, text, steps, *keys, *resume), stderr=subprocess.PIPE)
         try:
             process.wait(timeout=source.uniform(0.4, 0.4 + seconds / 3))
         except subprocess.TimeoutExpired:
@@ -83,7 +83,7 @@ def kill_and_resume(folder: Path, kills: int, steps: int, seed: int) -> Seen:
         elif (cut / "checkpoints").is_dir():
             while_writing += any(path.name.startswith(".step-") for path in (cut / "checkpoints").iterdir())
     resume = ("--resume",) if (cut / "config.yaml").is_file() else ()
-    subprocess.run(command(cut, text, steps, *resume), check=True)
+    subprocess.run(command(cut, text, steps, *keys, *resume), check=True)
     assert digest(cut, steps) == digest(whole, steps), "a resumed run ended in other bits"
     return Seen(killed, while_writing)
 
@@ -92,7 +92,7 @@ def main() -> None:
     """Run from the command line."""
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     with tempfile.TemporaryDirectory() as folder:
-        seen = kill_and_resume(Path(folder), kills, steps=60, seed=1)
+        seen = kill_and_resume(Path(folder), kills, 60, 1, *sys.argv[2:])
     print(f"killed {seen.killed} times, {seen.while_writing} of them while a checkpoint was being written: the same bits")
 
 
