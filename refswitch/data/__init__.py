@@ -23,7 +23,7 @@ targets); `shuffle`, `segments`, `examples`, `stream` (which of them, in which o
 from refswitch.data.config import PYTHON_TEXT, DataConfig, MixtureConfig, TaskConfig
 from refswitch.data.corpus import Corpus, Tokens, open_corpus
 from refswitch.data.stream import Stream, open_stream, unigram_entropy
-from refswitch.data.tasks import Pair, Pairs, open_mixture, open_pairs, read_pairs, validation_batches
+from refswitch.data.tasks import Pair, Pairs, mixture_of, open_mixture, open_pairs, read_pairs, validation_batches
 from refswitch.data.vocabulary import Vocabulary, open_vocabulary
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "TaskConfig",
     "Tokens",
     "Vocabulary",
+    "mixture_of",
     "open_corpus",
     "open_mixture",
     "open_pairs",

@@ -239,7 +239,11 @@ def open_mixture(config: MixtureConfig, vocabulary: Vocabulary, seed: int) -> St
     InputError
         As `open_pairs`.
     """
-    tasks = [open_pairs(task, task.train, vocabulary) for task in config.tasks]
+    return mixture_of([open_pairs(task, task.train, vocabulary) for task in config.tasks], vocabulary, config, seed)
+
+
+def mixture_of(tasks: list[Pairs], vocabulary: Vocabulary, config: MixtureConfig, seed: int) -> Stream:
+    """Return the training batches of tasks that are open already, in the order of the configuration."""
     return Stream(Mixture(tasks, vocabulary, config, seed), config.batch, config.pack)
 
 

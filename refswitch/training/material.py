@@ -15,8 +15,8 @@ from refswitch.data import (
     Pairs,
     TaskConfig,
     Vocabulary,
+    mixture_of,
     open_corpus,
-    open_mixture,
     open_pairs,
     open_stream,
     open_vocabulary,
@@ -137,10 +137,9 @@ def tasks_material(config: TrainConfig, setup: Setup, backend: Backend, batches:
     assert config.tasks is not None, "the configuration has tasks"
     mixture, vocabulary, names = config.tasks, open_vocabulary(config.data.vocabulary, config.data.sentinels), layer_names(config.model)
     check_scores()
-    stream = open_mixture(mixture, vocabulary, config.seed)
+    read = [open_pairs(task, task.train, vocabulary) for task in mixture.tasks]
     pairs = {task.name: open_pairs(task, task.validation, vocabulary) for task in mixture.tasks}
     validations = [validation_of(task, pairs[task.name], vocabulary, mixture, batches) for task in mixture.tasks]
-    read = [open_pairs(task, task.train, vocabulary) for task in mixture.tasks]
     digests = [part.digest for each in (*read, *pairs.values()) for part in (each.inputs, each.targets)]
 
     def measure(params: ModelParams, step: int) -> dict[str, Any]:
@@ -155,4 +154,5 @@ def tasks_material(config: TrainConfig, setup: Setup, backend: Backend, batches:
         return told | {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
 
     entropy = unigram_entropy(batch for validation in validations for batch in validation.batches)
+    stream = mixture_of(read, vocabulary, mixture, config.seed)
     return Material(vocabulary, digest_of(*[digest.encode() for digest in digests]), stream.batch, entropy, measure)

@@ -7,14 +7,12 @@ import base64
 import html
 import io
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refswitch.errors import InputError
 from refswitch.training.run_folder import RunFolder, write_whole
 
 if TYPE_CHECKING:
@@ -106,16 +104,6 @@ def _drawn(name: str, entries: Sequence[dict[str, Any]], unigram: float | None) 
     return buffer.getvalue()
 
 
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-
-
 def draw(folder: RunFolder, entries: Sequence[dict[str, Any]], title: str, facts: Iterable[tuple[str, str]], unigram: float | None) -> list[Path]:
     """Write the pictures and `plots/index.html`; without matplotlib the page alone, which says so.
 
@@ -130,7 +118,7 @@ def draw(folder: RunFolder, entries: Sequence[dict[str, Any]], title: str, facts
         for name in names:
             content = _drawn(name, entries, unigram)
             path = folder.plots / f"{name}.png"
-            _write(path, content)
+            write_whole(path, content)
             written.append(path)
             source = base64.b64encode(content).decode()
             parts.append(f'<h2>{html.escape(PICTURES[name])}</h2><img alt="{html.escape(PICTURES[name])}" src="data:image/png;base64,{source}">')
