@@ -29,6 +29,12 @@ app = typer.Typer(
 )
 
 
+# The options that every command which trains has.
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run_dir, to the same bits.")]
+Silent = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")]
+EachCheckpoint = Annotated[bool, typer.Option("--verbose", "-v", help="Print every checkpoint.")]
+
+
 class Tier(str, enum.Enum):
     """How much is judged."""
 
@@ -141,9 +147,9 @@ def train(
     assignments: Annotated[
         Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Laid over it, dotted: steps=500 model.experts=16.", show_default=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run_dir, to the same bits.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every checkpoint.")] = False,
+    resume: Resume = False,
+    quiet: Silent = False,
+    verbose: EachCheckpoint = False,
 ) -> None:
     """Train a small Switch Transformer: text to checkpoint to picture.
 
@@ -164,9 +170,9 @@ def finetune(
     assignments: Annotated[
         Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Laid over it, dotted: steps=500 best=rouge2.", show_default=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run_dir, to the same bits.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every checkpoint.")] = False,
+    resume: Resume = False,
+    quiet: Silent = False,
+    verbose: EachCheckpoint = False,
 ) -> None:
     """Fine-tune a run on text-to-text tasks: dropout 0.1, expert dropout 0.4, a constant rate; the best checkpoint is kept.
 
@@ -184,9 +190,9 @@ def distill(
     assignments: Annotated[
         Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Laid over it, dotted: distill.soft_share=0.25.", show_default=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run_dir, to the same bits.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every checkpoint.")] = False,
+    resume: Resume = False,
+    quiet: Silent = False,
+    verbose: EachCheckpoint = False,
 ) -> None:
     """Train a student on labels and on a teacher's distribution: 0.75 and 0.25, begun with the teacher's weights outside its sparse layers.
 
